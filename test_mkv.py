@@ -1,0 +1,2530 @@
+#!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["uvloop", "lmdb>=3,<4", "pytest", "pytest-asyncio"]
+# ///
+"""The promises of mkv, tested on the real thing: real nginx, sockets, LMDB and kill -9."""
+
+import asyncio
+import base64
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import http.client
+import itertools
+import json
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import lmdb
+import pytest
+
+import mkv
+
+HERE = Path(__file__).resolve().parent
+
+
+# --- harness --------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Reply:
+    """An answer: status, header fields by lower-case name, body."""
+
+    status: int
+    fields: dict[str, str]
+    body: bytes
+
+
+def call(
+    port: int, method: str, path: str, body: Any = None, fields: dict[str, str] | None = None
+) -> Reply:
+    """One request on a connection of its own; redirects are not followed."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    try:
+        connection.request(method, path, body=body, headers=fields or {})
+        answer = connection.getresponse()
+        headers = {name.lower(): value for name, value in answer.getheaders()}
+        return Reply(answer.status, headers, answer.read())
+    finally:
+        connection.close()
+
+
+def raw(port: int, data: bytes, timeout: float = 10) -> bytes:
+    """Send bytes, and read until the other side closes."""
+    with socket.create_connection(("127.0.0.1", port), timeout=timeout) as wire:
+        wire.sendall(data)
+        answer = b""
+        while piece := wire.recv(65536):
+            answer += piece
+        return answer
+
+
+class Wire:
+    """A connection that is kept: bytes out, answers in."""
+
+    def __init__(self, port: int) -> None:
+        self.socket = socket.create_connection(("127.0.0.1", port), timeout=30)
+        self.file = self.socket.makefile("rb")
+
+    def __enter__(self) -> "Wire":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+        self.socket.close()
+
+    def send(self, data: bytes) -> None:
+        self.socket.sendall(data)
+
+    def head(self) -> tuple[int, dict[str, str]]:
+        """Status and header fields of the next answer, 100 Continue included."""
+        status = int(self.file.readline().split()[1])
+        lines = iter(lambda: self.file.readline().decode().rstrip("\r\n"), "")
+        return status, {k.lower(): v for k, _, v in (line.partition(": ") for line in lines)}
+
+    def answer(self) -> Reply:
+        """The next answer whole; not for HEAD."""
+        status, fields = self.head()
+        return Reply(status, fields, self.file.read(int(fields.get("content-length", "0"))))
+
+    def closed(self) -> bool:
+        """Waits for more, and tells whether the other side closed instead."""
+        return self.file.read(1) == b""
+
+
+CHUNKED = "Transfer-Encoding: chunked\r\n"
+
+
+def request(method: str, path: str, body: bytes = b"", fields: str = "") -> bytes:
+    """A request's bytes; `fields` are lines that end in CR LF."""
+    length = f"Content-Length: {len(body)}\r\n" if body else ""
+    return f"{method} {path} HTTP/1.1\r\nHost: x\r\n{length}{fields}\r\n".encode() + body
+
+
+SMUGGLED = request("PUT", "/smuggled", b"x")
+
+
+def statuses(answers: bytes) -> list[int]:
+    """Of answers one after the other."""
+    return [int(status) for status in re.findall(rb"^HTTP/1\.1 (\d{3})", answers, re.M)]
+
+
+def until(condition: Callable[[], Any], seconds: float = 15) -> Any:
+    """Poll until a condition holds; its value. AssertionError when it does not in time."""
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"not in {seconds} s: {condition}"
+        time.sleep(0.01)
+    return value
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+
+
+class Volume:
+    """One nginx, started by volume.sh in a process group of its own."""
+
+    def __init__(self, folder: Path, port: int, subvolumes: int = 10) -> None:
+        self.folder, self.port, self.subvolumes = folder, port, subvolumes
+        self.name = f"127.0.0.1:{port}"
+        self.start()
+
+    def start(self) -> None:
+        env = os.environ | {
+            "PORT": str(self.port),
+            "HOST": "127.0.0.1",
+            "SUBVOLUMES": str(self.subvolumes),
+        }
+        command = [str(HERE / "volume.sh"), str(self.folder)]
+        self.process = subprocess.Popen(command, env=env, start_new_session=True)
+        until(self.alive)
+
+    def alive(self) -> bool:
+        assert self.process.poll() is None, "volume.sh ended"
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", self.port)) == 0
+
+    def signal(self, number: int) -> None:
+        """To master and workers: SIGKILL of a master leaves its workers serving."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, number)
+
+    def workers(self) -> list[int]:
+        """The pids of the worker processes."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
+        return [int(pid) for pid in children.read_text().split()]
+
+    def freeze(self) -> None:
+        self.signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        self.signal(signal.SIGCONT)
+
+    def kill(self) -> None:
+        self.signal(signal.SIGKILL)
+        self.process.wait()
+        until(lambda: not self.listening())
+
+    def listening(self) -> bool:
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", self.port)) == 0
+
+    def files(self) -> set[str]:
+        """The paths of all stored files, with svXX if any, such as /sv01/aa/bb/name."""
+        found = set()
+        for folder, folders, names in os.walk(self.folder):
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            found |= {"/" + str((Path(folder) / name).relative_to(self.folder)) for name in names}
+        return found
+
+
+class Server:
+    """One `mkv.py server`; a preamble is code that runs in it first, with mkv imported."""
+
+    def __init__(self, db: Path, port: int, *flags: str, preamble: str = "") -> None:
+        self.db, self.port, self.flags, self.preamble = db, port, flags, preamble
+        self.log = db.parent / "server.log"
+        self.start()
+
+    def start(self) -> None:
+        script = [str(HERE / "mkv.py")]
+        if self.preamble:
+            imports = f"import sys\nsys.path.insert(0, {str(HERE)!r})\nimport mkv\n"
+            script = ["-c", f"{imports}{self.preamble}\nmkv.main()"]
+        command = [sys.executable, *script, "server", "-bind", "127.0.0.1"]
+        command += ["-db", str(self.db), "-port", str(self.port), *self.flags]
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(command, stdout=log, stderr=log)
+        until(self.alive)
+
+    def alive(self) -> bool:
+        assert self.process.poll() is None, self.log.read_text()
+        try:
+            return self.call("GET", "/?health").status == 200
+        except OSError:
+            return False
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        self.process.send_signal(number)
+        return self.process.wait(30)
+
+    def kill(self) -> None:
+        self.stop(signal.SIGKILL)
+
+    def call(self, method: str, path: str, body: Any = None, **fields: str) -> Reply:
+        """A request; keyword arguments are header fields, Content_MD5="…"."""
+        return call(
+            self.port, method, path, body, {k.replace("_", "-"): v for k, v in fields.items()}
+        )
+
+    def put(self, path: str, body: Any) -> int:
+        return self.call("PUT", path, body).status
+
+    def get(self, path: str) -> bytes | None:
+        """The value, through the redirect; None when there is none."""
+        answer = self.call("GET", path)
+        if answer.status == 404:
+            return None
+        assert answer.status == 302, answer
+        port, _, target = answer.fields["location"].removeprefix("http://127.0.0.1:").partition("/")
+        value = call(int(port), "GET", "/" + target)
+        assert value.status == 200, value
+        return value.body
+
+    def metric(self, name: str) -> float:
+        """A number from /?metrics."""
+        for line in self.call("GET", "/?metrics").body.decode().splitlines():
+            if line.rpartition(" ")[0] == name:
+                return float(line.rpartition(" ")[2])
+        return 0.0
+
+    def memory(self) -> int:
+        """Peak resident memory, in bytes (VmHWM)."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) * 1024
+
+
+class Cluster:
+    """Volumes and a server over one index, all under one folder; settle and grace are short."""
+
+    FLAGS = ("-settle", "300ms", "-grace", "100ms", "-voltimeout", "300ms")
+
+    def __init__(
+        self,
+        folder: Path,
+        *flags: str,
+        volumes: int = 3,
+        subvolumes: int = 10,
+        preamble: str = "",
+    ) -> None:
+        self.folder, self.subvolumes, self.servers = folder, subvolumes, []
+        *ports, port = free_ports(volumes + 1)
+        self.volumes = [
+            Volume(folder / f"volume{i}", port, subvolumes) for i, port in enumerate(ports)
+        ]
+        try:
+            self.server = self.start(port, *flags, preamble=preamble)
+        except BaseException:
+            self.close()
+            raise
+
+    def start(self, port: int, *flags: str, preamble: str = "") -> Server:
+        """Another server over the same index and volumes."""
+        names = ",".join(volume.name for volume in self.volumes)
+        settings = ["-volumes", names, "-subvolumes", str(self.subvolumes), *self.FLAGS, *flags]
+        self.servers.append(Server(self.folder / "index", port, *settings, preamble=preamble))
+        return self.servers[-1]
+
+    def close(self) -> None:
+        """End all processes, and give the space back: only the log stays."""
+        for server in self.servers:
+            if server.process.poll() is None:
+                server.kill()
+        for volume in self.volumes:
+            volume.thaw()
+            volume.kill()
+        for folder in [path for path in self.folder.iterdir() if path.is_dir()]:
+            shutil.rmtree(folder)
+
+    def tables(self) -> tuple[dict[bytes, mkv.Record], dict[bytes, mkv.Entry]]:
+        """What the index holds: records and journal entries by key."""
+        path = str(self.folder / "index")
+        with lmdb.open(path, readonly=True, max_dbs=2, map_size=1 << 40) as env:
+            keys, journal = env.open_db(b"keys"), env.open_db(b"journal")
+            with env.begin() as txn:
+                records = {k: mkv.parse_record(v) for k, v in txn.cursor(keys)}
+                return records, {k: mkv.parse_entry(v) for k, v in txn.cursor(journal)}
+
+    def server_accepts(self) -> bool:
+        """Whether a new connection to the server is taken."""
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", self.server.port)) == 0
+
+    def journal_is_empty(self) -> bool:
+        return not self.tables()[1]
+
+    def files(self) -> set[str]:
+        """All stored files, as location + path without svXX: 127.0.0.1:3001/sv01/aa/bb/name."""
+        return {volume.name + path for volume in self.volumes for path in volume.files()}
+
+    def named(self) -> set[str]:
+        """The files that the records name."""
+        return {
+            replica.location + mkv.key2path(key, replica.write_id)
+            for key, record in self.tables()[0].items()
+            for replica in record.replicas
+        }
+
+    def is_clean(self) -> bool:
+        """The journal is empty and the volumes hold what the index names, no more and no less."""
+        return self.journal_is_empty() and self.files() == self.named()
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[Callable[..., Cluster]]:
+    """Starts clusters: cluster("-flag", "value", volumes=3, subvolumes=10)."""
+    clusters = []
+
+    def make(*flags: str, **settings: Any) -> Cluster:
+        folder = tmp_path / str(len(clusters))
+        folder.mkdir()
+        clusters.append(Cluster(folder, *flags, **settings))
+        return clusters[-1]
+
+    yield make
+    for each in clusters:
+        each.close()
+
+
+# --- placement and record -------------------------------------------------------------------------
+
+WRITE_ID = "6b0108907bf79949"
+
+
+def test_paths_of_the_ancestor() -> None:
+    assert mkv.key2path(b"hello") == "/5d/41/aGVsbG8="
+    assert mkv.key2path(b"helloworld") == "/fc/5e/aGVsbG93b3JsZA=="
+    assert mkv.path2key("/5d/41/aGVsbG8=") == (b"hello", "")
+
+
+def test_a_write_id_ends_the_name() -> None:
+    assert mkv.key2path(b"hello", WRITE_ID) == f"/5d/41/aGVsbG8=-{WRITE_ID}"
+    assert mkv.path2key(f"/5d/41/aGVsbG8=-{WRITE_ID}") == (b"hello", WRITE_ID)
+
+
+def test_base64_with_a_slash_makes_a_sub_folder() -> None:
+    key = "/photos/été".encode()
+    name = base64.b64encode(key).decode()
+    assert "/" in name
+    for write_id, end in (("", ""), (WRITE_ID, f"-{WRITE_ID}")):
+        path = mkv.key2path(key, write_id)
+        assert path[6:] == f"/{name}{end}"
+        assert mkv.path2key(path) == (key, write_id)
+
+
+def test_long_names_are_cut_into_pieces() -> None:
+    key = b"/" + b"k" * 510
+    name = base64.b64encode(key).decode()
+    assert len(name) == 684 and "/" not in name
+    path = mkv.key2path(key, WRITE_ID)
+    assert path[7:] == f"{name[:230]}-/{name[230:460]}-/{name[460:]}-{WRITE_ID}"
+    assert mkv.path2key(path) == (key, WRITE_ID)
+    assert mkv.path2key(mkv.key2path(key)) == (key, "")  # the ancestor does not cut
+
+
+def test_names_of_exactly_230_characters_are_not_cut() -> None:
+    for size in range(165, 181):  # 220 to 244 characters
+        for key in (b"k" * size, b"k" * 30 + b"\xc3\xbf\xc3\xbf" + b"k" * size):
+            path = mkv.key2path(key, WRITE_ID)
+            runs = base64.b64encode(key).decode().split("/")
+            assert path.count("-/") == sum((len(run) - 1) // 230 for run in runs if run)
+            assert mkv.path2key(path) == (key, WRITE_ID)
+
+
+def random_key(chance: random.Random) -> bytes:
+    """2 to 511 bytes of UTF-8, from a slash on."""
+    ranges = [(0, 0x7F), (0x80, 0x7FF), (0x800, 0xD7FF), (0xE000, 0xFFFF), (0x10000, 0x10FFFF)]
+    ranges = chance.sample(ranges, chance.randint(1, 5))
+    text = "/"
+    length = chance.choice((2, 10, 100, 340, 511))
+    while len(text.encode()) < length:
+        text += chr(chance.randint(*chance.choice(ranges)))
+    return text.encode()[:511].decode(errors="ignore").encode()
+
+
+def test_the_path_of_any_key_leads_back_to_it_and_fits_file_systems() -> None:
+    chance = random.Random(1)
+    for _ in range(5000):
+        key, write_id = random_key(chance), f"{chance.getrandbits(64):016x}"
+        assert 2 <= len(key) <= 511
+        path = mkv.key2path(key, write_id)
+        assert mkv.path2key(path) == (key, write_id)
+        assert mkv.path2key(mkv.key2path(key)) == (key, "")
+        pieces = path[1:].split("/")
+        assert all(0 < len(piece) <= 255 and not piece.startswith(".") for piece in pieces), key
+
+
+def test_paths_that_no_key_has_are_refused() -> None:
+    good, long = "/5d/41/aGVsbG8=", mkv.key2path(b"/" + b"k" * 300, WRITE_ID)
+    paths = ["", "/", "/5d/41/", "5d/41/aGVsbG8=", "/5d/42/aGVsbG8=", "/5D/41/aGVsbG8="]
+    paths += [
+        "/5d/41/aGVsbG8",
+        "/5d/41/aGVsbG9=",
+        "/5d/41/aGVs bG8=",
+        "/5d/41/é",
+        "/5d/41//aGVsbG8=",
+    ]
+    paths += [
+        good + tail for tail in ("-", "/", "=", "\n", "-x", f"-{WRITE_ID[:-1]}", f"-{WRITE_ID}0")
+    ]
+    paths += [f"{good}-{WRITE_ID.upper().replace('7', 'A')}", f"{good}-{WRITE_ID}-{WRITE_ID}"]
+    paths += [f"/5d/41/aGVs-/bG8=-{WRITE_ID}", f"/5d/41/aGVs-bG8=-{WRITE_ID}"]
+    paths += [long.replace("-/", ""), long.replace("-/", "/"), "/svAA" + good]
+    for path in paths:
+        with pytest.raises(ValueError):
+            mkv.path2key(path)
+
+
+def test_volumes_of_the_ancestor() -> None:
+    volumes = ["larry", "moe", "curly"]
+    vectors = {b"hello": "larry", b"helloworld": "curly", b"world": "moe", b"blah": "curly"}
+    for key, volume in vectors.items():
+        (location,) = mkv.key2volume(key, volumes, 1, 3)
+        assert mkv.volume_of(location) == volume
+        assert re.fullmatch(f"{volume}/sv0[0-2]", location)
+        assert mkv.key2volume(key, volumes, 1, 1) == [volume]
+        assert mkv.key2volume(key, volumes[::-1], 1, 3) == [location]
+
+
+def test_the_ranking_is_by_md5_of_key_and_volume() -> None:
+    volumes = [f"volume{number}:3001" for number in range(7)]
+    for number in range(100):
+        key = b"/%d" % number
+        scores = {volume: hashlib.md5(key + volume.encode()).digest() for volume in volumes}
+        order = sorted(volumes, key=scores.__getitem__, reverse=True)
+        places = [f"{v}/sv{int.from_bytes(scores[v][12:16], 'big') % 256:02X}" for v in order]
+        assert mkv.ranking(key, volumes, 256) == places
+        assert mkv.key2volume(key, volumes, 3, 256) == places[:3]
+        assert [mkv.volume_of(place) for place in places] == order
+
+
+def test_a_new_volume_takes_its_share_only() -> None:
+    volumes = [f"volume{number}:3001" for number in range(5)]
+    moved = 0
+    for number in range(1000):
+        old, new = (mkv.key2volume(b"/%d" % number, some, 3, 1) for some in (volumes[:4], volumes))
+        assert [volume for volume in new if volume != volumes[4]] == old[: 3 - (volumes[4] in new)]
+        moved += volumes[4] in new
+    assert 500 < moved < 700  # three fifths
+
+
+OTHER_ID = "6b0108917bf79949"
+MD5 = hashlib.md5(b"value").hexdigest()
+OLD = (mkv.Replica("larry/sv00", ""), mkv.Replica("moe/sv0A", ""))
+NEW = (mkv.Replica("larry/sv00", WRITE_ID), mkv.Replica("moe/sv0A", WRITE_ID))
+MIXED = (mkv.Replica("larry/sv00", OTHER_ID), mkv.Replica("moe/sv0A", WRITE_ID))
+RECORDS = {
+    # As minikeyvalue writes them.
+    "larry/sv00,moe/sv0A": mkv.Record(OLD),
+    "larry": mkv.Record((mkv.Replica("larry", ""),)),
+    "DELETEDlarry/sv00,moe/sv0A": mkv.Record(OLD, deleted=True),
+    f"HASH{MD5}larry/sv00,moe/sv0A": mkv.Record(OLD, hash=MD5),
+    f"DELETEDHASH{MD5}larry/sv00,moe/sv0A": mkv.Record(OLD, hash=MD5, deleted=True),
+    # With size and write id.
+    f"larry/sv00,moe/sv0A 5 {WRITE_ID}": mkv.Record(NEW, 5, WRITE_ID),
+    f"HASH{MD5}larry/sv00,moe/sv0A 5 {WRITE_ID}": mkv.Record(NEW, 5, WRITE_ID, MD5),
+    f"DELETEDlarry/sv00,moe/sv0A 5 {WRITE_ID}": mkv.Record(NEW, 5, WRITE_ID, "", True),
+    f"larry/sv00@{OTHER_ID},moe/sv0A 5 {WRITE_ID}": mkv.Record(MIXED, 5, WRITE_ID),
+    f"127.0.0.1:3001/sv00 5 {WRITE_ID}": mkv.Record(
+        (mkv.Replica("127.0.0.1:3001/sv00", WRITE_ID),), 5, WRITE_ID
+    ),
+    # A value of minikeyvalue that rebalance has copied.
+    f"larry/sv00@{OTHER_ID},moe/sv0A": mkv.Record((MIXED[0], OLD[1])),
+}
+
+
+@pytest.mark.parametrize("text", RECORDS)
+def test_a_record_has_a_text_and_back(text: str) -> None:
+    assert RECORDS[text].text() == text.encode()
+    assert mkv.parse_record(text.encode()) == RECORDS[text]
+
+
+def test_what_is_no_record_is_500() -> None:
+    for text in (b"HASH12larry x", b"larry 5 x", b"larry x", f"larry 5 {WRITE_ID} 5".encode()):
+        with pytest.raises(mkv.HTTPError) as error:
+            mkv.parse_record(text)
+        assert error.value.status == 500
+
+
+# --- the operations -------------------------------------------------------------------------------
+
+SETTLE = 100  # seconds after which nothing that was sent takes effect
+File = tuple[bytes, mkv.Replica]  # one file of a key
+
+
+class World:
+    """An index without a system: the operations, and a model of files, time and processes.
+
+    Makers, deleters, movers and sweepers are generators: between any two steps of one, others may
+    have their turn. A PUT that was sent lands later, or never; a process may die in its midst.
+    """
+
+    KEYS = (b"/a", b"/b", b"/c")
+    PLACES = ("v0", "v1", "v2", "v3/sv00", "v3/sv01")
+
+    def __init__(self, path: Path, seed: int) -> None:
+        self.env = lmdb.open(str(path), max_dbs=2, map_size=1 << 28, sync=False)
+        self.keys, self.journal = self.env.open_db(b"keys"), self.env.open_db(b"journal")
+        self.chance, self.now, self.names = random.Random(seed), 1_000_000_000.0, itertools.count()
+        self.flying: dict[File, float] = {}  # PUTs without an answer: until when they may land
+        self.files: set[File] = set()
+        self.ids: set[tuple[bytes, str]] = set()  # all that were ever given
+        self.made: dict[bytes, set[str]] = {}  # acknowledged and not deleted: their write ids
+        self.log: list[tuple[Callable, tuple]] = []  # all operations, in order
+        self.processes = ["p0", "p1", "p2"]
+        self.actors: list[tuple[str, Generator]] = []  # with the process they run in
+        self.happened: dict[str, int] = {}
+
+    def do(self, operation: Callable, *args: Any) -> Any:
+        """One operation, as the index runs it: a refusal does not undo what others did."""
+        self.log.append((operation, args))
+        refusal = None
+        with self.env.begin(write=True) as txn:
+            before = self.dump(txn)
+            try:
+                answer = operation(mkv.Operations(txn, self.keys, self.journal), *args)
+            except mkv.HTTPError as error:
+                refusal = error
+                assert self.dump(txn) == before, "an operation that refuses changes nothing"
+        name = operation.__name__ + (f" {refusal.status}" if refusal else "")
+        self.happened[name] = self.happened.get(name, 0) + 1
+        if refusal:
+            raise refusal
+        return answer
+
+    def dump(self, txn: lmdb.Transaction) -> list[list[tuple[bytes, bytes]]]:
+        return [list(txn.cursor(table)) for table in (self.keys, self.journal)]
+
+    def tables(self) -> tuple[dict[bytes, mkv.Record], dict[bytes, mkv.Entry]]:
+        with self.env.begin() as txn:
+            keys, journal = self.dump(txn)
+        return {k: mkv.parse_record(v) for k, v in keys}, {
+            k: mkv.parse_entry(v) for k, v in journal
+        }
+
+    # What the actors do to the volumes.
+
+    def put(self, key: bytes, replica: mkv.Replica) -> None:
+        assert (key, replica) not in self.files, "a name is never used twice"
+        self.flying[key, replica] = self.now + SETTLE
+
+    def delete(self, key: bytes, replica: mkv.Replica) -> int:
+        gone = (key, replica) in self.files
+        self.files.discard((key, replica))
+        return 204 if gone else 404
+
+    def new_id(self, key: bytes, write_id: str) -> None:
+        assert (key, write_id) not in self.ids, "a write id is given once"
+        assert re.fullmatch("[0-9a-f]{16}", write_id)
+        self.ids.add((key, write_id))
+
+    def clean_up(self, key: bytes, owner: str, write_id: str) -> Generator:
+        """What a maker does that does not commit: 404 is no proof for it."""
+        left = self.do(mkv.Operations.settle, key, owner, (), self.now)
+        yield
+        gone = [r for r in left if r.write_id == write_id and self.delete(key, r) == 204]
+        yield
+        self.do(mkv.Operations.settle, key, "", gone, self.now)
+
+    def maker(self, key: bytes, owner: str) -> Generator:
+        places = self.chance.sample(self.PLACES, 3)
+        write_id = self.do(mkv.Operations.claim, key, owner, places[:2], self.now, None)
+        self.new_id(key, write_id)
+        yield
+        replicas = [mkv.Replica(place, write_id) for place in places]
+        for replica in replicas[:2]:
+            self.put(key, replica)
+            yield
+        try:
+            if self.chance.random() < 0.3:
+                self.do(mkv.Operations.extend, key, owner, replicas[2])
+                yield
+                self.put(key, replicas[2])
+            for _ in range(self.chance.randrange(6)):
+                yield
+            done = tuple(replica for replica in replicas if (key, replica) in self.files)
+            if done and self.chance.random() < 0.8:
+                record = mkv.Record(done, 5, write_id)
+                self.do(mkv.Operations.commit, key, owner, record, None, self.now)
+                self.made[key] = {write_id}
+                return
+        except mkv.HTTPError as error:
+            assert error.status == 503
+        yield from self.clean_up(key, owner, write_id)
+
+    def mover(self, key: bytes, owner: str) -> Generator:
+        record = self.tables()[0].get(key)
+        if not record or record.deleted:
+            return
+        yield
+        place = self.chance.choice(self.PLACES)
+        write_id = self.do(mkv.Operations.claim, key, owner, [place], self.now, record)
+        self.new_id(key, write_id)
+        assert write_id[:8] == record.write_id[:8], "a copy is as old as the value"
+        copy = mkv.Replica(place, write_id)
+        yield
+        self.put(key, copy)
+        for _ in range(self.chance.randrange(6)):
+            yield
+        if (key, copy) in self.files:
+            kept = record.replicas[self.chance.randrange(2) :]
+            moved = record._replace(replicas=(*kept, copy))
+            try:
+                self.do(mkv.Operations.commit, key, owner, moved, record, self.now)
+            except mkv.HTTPError as error:
+                assert error.status in (409, 503)
+            else:
+                self.made[key].add(write_id)
+                return
+        yield from self.clean_up(key, owner, write_id)
+
+    def deleter(self, key: bytes, _: str) -> Generator:
+        record = self.do(mkv.Operations.remove, key, self.chance.random() < 0.3, self.now)
+        self.made.pop(key)
+        yield
+        gone = []
+        for replica in record.replicas:
+            if self.chance.random() < 0.7:  # else its volume is down
+                self.delete(key, replica)
+                gone.append(replica)
+            yield
+        self.do(mkv.Operations.settle, key, "", gone, self.now)
+
+    def unlinker(self, key: bytes, _: str) -> Generator:
+        yield
+        self.do(mkv.Operations.unlink, key)
+
+    def sweeper(self, key: bytes, _: str) -> Generator:
+        entry = self.tables()[1].get(key)
+        if not entry or entry.owner:
+            return
+        yield
+        settled, gone = self.now - entry.since > SETTLE, []
+        for replica in entry.replicas:
+            if self.delete(key, replica) == 204 or settled:
+                gone.append(replica)
+            yield
+        self.do(mkv.Operations.settle, key, "", gone, self.now)
+
+    # The course of the world.
+
+    def step(self) -> None:
+        """Something happens somewhere."""
+        self.now += self.chance.choice((0, 0, 0, 0.3, 1, 7))
+        self.flying = {file: end for file, end in self.flying.items() if end > self.now}
+        if self.flying and self.chance.random() < 0.4:
+            file = self.chance.choice(list(self.flying))
+            del self.flying[file]
+            self.files.add(file)
+        elif self.chance.random() < 0.01:
+            self.die(self.chance.randrange(3))
+        elif len(self.actors) < 8:
+            kinds = [self.maker] * 4 + [self.deleter, self.unlinker, self.mover, self.sweeper]
+            process = self.chance.choice(self.processes)
+            owner = f"{process}.{next(self.names)}"
+            actor = self.chance.choice(kinds)(self.chance.choice(self.KEYS), owner)
+            self.actors.append((process, actor))
+        else:
+            process, actor = self.chance.choice(self.actors)
+            try:
+                next(actor)
+            except (StopIteration, mkv.HTTPError):  # done, or refused
+                self.actors.remove((process, actor))
+
+    def die(self, number: int) -> None:
+        """A process is killed, and then evicted."""
+        dead = self.processes[number]
+        self.actors = [(process, actor) for process, actor in self.actors if process != dead]
+        self.processes[number] = f"p{next(self.names)}"
+        self.do(mkv.Operations.evict, dead, self.now)
+
+    def check(self) -> None:
+        """What must hold after every step."""
+        records, entries = self.tables()
+        named = {(key, r) for key, record in records.items() for r in record.replicas}
+        listed = {(key, r) for key, entry in entries.items() for r in entry.replicas}
+        assert self.files | set(self.flying) <= named | listed, "a file is named or listed"
+        assert named <= self.files, "what is named is there"
+        assert not named & listed, "what is named is not garbage"
+        assert set(records) == set(self.made), "what is acknowledged is there, and nothing else"
+        for key, record in records.items():
+            assert {replica.write_id for replica in record.replicas} <= self.made[key]
+        assert all(entry.owner or entry.replicas for entry in entries.values())
+
+
+def live_through(path: Path, seed: int, steps: int) -> World:
+    """A world after that many steps, each of them checked."""
+    world = World(path, seed)
+    for _ in range(steps):
+        world.step()
+        world.check()
+    return world
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_every_file_is_named_or_listed_whatever_happens(tmp_path: Path, seed: int) -> None:
+    world = live_through(tmp_path / "index", seed, 6000)
+    for name in ("claim", "claim 403", "claim 409", "extend", "commit", "settle", "remove"):
+        assert world.happened[name] > 5, name
+    for name in ("remove 404", "unlink", "unlink 404", "evict"):
+        assert world.happened[name] > 5, name
+    # Once all rest, the sweeper leaves what is named and nothing else.
+    for number in range(3):
+        world.die(number)
+    world.actors, world.flying, world.now = [], {}, world.now + 2 * SETTLE
+    for key in world.KEYS:
+        list(world.sweeper(key, ""))
+    world.check()
+    records, entries = world.tables()
+    assert entries == {}
+    assert world.files == {(key, r) for key, record in records.items() for r in record.replicas}
+
+
+def test_the_same_operations_in_the_same_order_give_the_same_index(tmp_path: Path) -> None:
+    world = live_through(tmp_path / "index", 10, 4000)
+    replay = World(tmp_path / "replay", 0)
+    for operation, args in world.log:
+        with contextlib.suppress(mkv.HTTPError):
+            replay.do(operation, *args)
+    with world.env.begin() as one, replay.env.begin() as other:
+        assert world.dump(one) == replay.dump(other)
+    assert world.happened == replay.happened
+    assert len(world.log) > 1000 and any(world.tables())
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    return World(tmp_path / "index", 0)
+
+
+def refuses(status: int, world: World, operation: Callable, *args: Any) -> bool:
+    """Whether an operation is refused with that status."""
+    with pytest.raises(mkv.HTTPError) as error:
+        world.do(operation, *args)
+    return error.value.status == status
+
+
+def test_a_write_id_is_time_and_owner_and_newer_than_all_before(world: World) -> None:
+    first = world.do(mkv.Operations.claim, b"/k", "p.1", ["v0"], 1000.9, None)
+    assert first == f"{1000:08x}{hashlib.md5(b'p.1').hexdigest()[:8]}"
+    world.do(mkv.Operations.settle, b"/k", "p.1", (), 1000.9)
+    for now in (1000.9, 5.0):  # a clock that stands still, and one that was put back
+        owner = f"p.{now}"
+        latest = world.do(mkv.Operations.claim, b"/k", owner, ["v0"], now, None)
+        assert latest[:8] > first[:8]
+        world.do(mkv.Operations.settle, b"/k", owner, (), now)
+        first = latest
+    replica = mkv.Replica("v1", world.do(mkv.Operations.claim, b"/k", "p.9", ["v1"], 5.0, None))
+    world.do(mkv.Operations.commit, b"/k", "p.9", mkv.Record((replica,), 1, replica.write_id), None, 5.0)
+    world.do(mkv.Operations.unlink, b"/k")
+    assert world.do(mkv.Operations.claim, b"/k", "p.10", ["v1"], 5.0, None)[:8] > replica.write_id[:8]
+
+
+def test_a_write_id_that_is_known_is_counted_up(world: World) -> None:
+    made = world.do(mkv.Operations.claim, b"/k", "p.1", ["v0"], 1000.0, None)
+    record = mkv.Record((mkv.Replica("v0", made),), 1, made)
+    world.do(mkv.Operations.commit, b"/k", "p.1", record, None, 1000.0)
+    moved = world.do(
+        mkv.Operations.claim, b"/k", "p.1", ["v1"], 2000.0, record
+    )  # a copy is as old as the value
+    assert int(moved, 16) == int(made, 16) + 1
+
+
+def test_only_the_owner_extends_and_commits(world: World) -> None:
+    write_id = world.do(mkv.Operations.claim, b"/k", "p.1", ["v0"], 1000.0, None)
+    replica = mkv.Replica("v0", write_id)
+    record = mkv.Record((replica,), 1, write_id)
+    for owner in ("p.2", "p", "p.11"):
+        assert refuses(503, world, mkv.Operations.extend, b"/k", owner, replica)
+        assert refuses(503, world, mkv.Operations.commit, b"/k", owner, record, None, 1000.0)
+        assert refuses(409, world, mkv.Operations.claim, b"/k", owner, ["v0"], 1000.0, None)
+    world.do(mkv.Operations.evict, "p1", 1001.0)  # another process of a similar name
+    assert refuses(409, world, mkv.Operations.claim, b"/k", "p.2", ["v0"], 1000.0, None)
+    world.do(mkv.Operations.evict, "p", 1001.0)
+    assert world.tables()[1] == {b"/k": mkv.Entry("", 1001.0, (replica,))}
+    assert refuses(503, world, mkv.Operations.commit, b"/k", "p.1", record, None, 1002.0)
+    assert refuses(503, world, mkv.Operations.extend, b"/k", "p.1", replica)
+    assert world.do(mkv.Operations.claim, b"/k", "p.2", ["v0"], 1002.0, None)
+
+
+def test_since_is_when_an_owner_went_or_replicas_came_and_only_then(world: World) -> None:
+    def since() -> float:
+        return world.tables()[1][b"/k"].since
+
+    write_id = world.do(mkv.Operations.claim, b"/k", "p.1", ["v0", "v1"], 1.0, None)
+    first, second = (mkv.Replica(place, write_id) for place in ("v0", "v1"))
+    world.do(mkv.Operations.settle, b"/k", "p.1", (), 2.0)  # the owner goes
+    assert since() == 2.0
+    world.do(mkv.Operations.settle, b"/k", "", (second,), 3.0)  # a replica goes
+    assert since() == 2.0
+    write_id = world.do(mkv.Operations.claim, b"/k", "p.2", ["v2"], 4.0, None)
+    world.do(
+        mkv.Operations.commit, b"/k", "p.2", mkv.Record((mkv.Replica("v2", write_id),), 1, write_id), None, 5.0
+    )
+    assert world.tables()[1] == {b"/k": mkv.Entry("", 5.0, (first,))}
+    world.do(mkv.Operations.unlink, b"/k")
+    assert since() == 5.0
+    world.do(mkv.Operations.remove, b"/k", True, 6.0)  # replicas come
+    assert since() == 6.0
+    world.do(mkv.Operations.evict, "p", 7.0)
+    assert since() == 6.0
+    world.do(mkv.Operations.settle, b"/k", "", world.tables()[1][b"/k"].replicas, 8.0)
+    assert world.tables() == ({}, {})
+
+
+# --- the index ------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[mkv.Index]:
+    """An index for this process."""
+    index = mkv.Index(path)
+    try:
+        yield index
+    finally:
+        index.close()
+
+
+async def write(index: mkv.Index, key: bytes, place: str = "v0") -> None:
+    """Claim and commit a key, without any file."""
+    owner = index.owner()
+    write_id = await index.do(mkv.Operations.claim, key, owner, [place], time.time(), None)
+    record = mkv.Record((mkv.Replica(place, write_id),), 1, write_id)
+    await index.do(mkv.Operations.commit, key, owner, record, None, time.time())
+
+
+def test_concurrent_operations_share_commits(tmp_path: Path) -> None:
+    async def many() -> None:
+        await asyncio.gather(*(write(index, b"/%d" % number) for number in range(2000)))
+
+    with opened(tmp_path / "index") as index:
+        before = index.env.info()["last_txnid"]
+        asyncio.run(many())
+        commits = index.env.info()["last_txnid"] - before
+        assert 2 <= commits <= 100  # for 4000 operations
+        found = [key for rows in index.walk(index.keys) for key, _ in rows]
+        assert found == sorted(b"/%d" % number for number in range(2000))
+        assert not [rows for rows in index.walk(index.journal) if rows]
+
+
+def test_a_refused_operation_does_not_spoil_its_group(tmp_path: Path) -> None:
+    async def mixed() -> list[Any]:
+        work = [write(index, b"/%d" % (number % 50)) for number in range(100)]
+        return await asyncio.gather(*work, return_exceptions=True)
+
+    with opened(tmp_path / "index") as index:
+        results = asyncio.run(mixed())
+        assert results[:50] == [None] * 50
+        assert {error.status for error in results[50:]} <= {403, 409}
+        assert sum(len(rows) for rows in index.walk(index.keys)) == 50
+
+
+def test_walk_goes_through_all_rows_from_a_start_on(tmp_path: Path) -> None:
+    async def many() -> None:
+        await asyncio.gather(*(write(index, b"/%05d" % number) for number in range(5000)))
+
+    with opened(tmp_path / "index") as index:
+        asyncio.run(many())
+        for start in (0, 1, 999, 1000, 1001, 2500, 4000, 4999, 5000):
+            rows = [row for rows in index.walk(index.keys, b"/%05d" % start) for row in rows]
+            assert [key for key, _ in rows] == [b"/%05d" % number for number in range(start, 5000)]
+            assert all(text == index.get(key) for key, text in rows[:10])
+
+
+PROCESS = f"""
+import asyncio, sys
+sys.path.insert(0, {str(HERE)!r})
+import mkv
+from pathlib import Path
+
+async def write(index, number):
+    key, owner = b"/%d" % number, index.owner()
+    write_id = await index.do(mkv.Operations.claim, key, owner, ["v0"], 1e9, None)
+    record = mkv.Record((mkv.Replica("v0", write_id),), 1, write_id)
+    await index.do(mkv.Operations.commit, key, owner, record, None, 1e9)
+    print(number, flush=True)
+
+async def write_for_ever(index):
+    for number in range(0, 1 << 60, 20):
+        await asyncio.gather(*(write(index, number + each) for each in range(20)))
+
+async def claim_and_wait(index):
+    await index.do(mkv.Operations.claim, b"/claimed", index.owner(), ["v0"], 1e9, None)
+    print(index.process, flush=True)
+    await asyncio.sleep(1e6)
+
+index = mkv.Index(Path(sys.argv[1]))
+asyncio.run(globals()[sys.argv[2]](index))
+"""
+
+
+@contextlib.contextmanager
+def process(path: Path, work: str) -> Iterator[subprocess.Popen]:
+    """Another process that works on an index."""
+    command = [sys.executable, "-c", PROCESS, str(path), work]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
+        try:
+            yield other
+        finally:
+            other.kill()
+
+
+def test_what_was_acknowledged_before_kill_9_is_there_after_it(tmp_path: Path) -> None:
+    with process(tmp_path / "index", "write_for_ever") as other:
+        lines = [other.stdout.readline() for _ in range(1000)]
+        other.kill()
+        lines += other.stdout.readlines()
+    acknowledged = [int(line) for line in lines if line.endswith("\n")]
+    assert len(acknowledged) >= 1000
+    with opened(tmp_path / "index") as index:
+        for number in acknowledged:
+            record = mkv.parse_record(index.get(b"/%d" % number))
+            assert record.replicas[0].location == "v0"
+
+
+def test_a_dead_process_is_evicted_and_a_living_one_is_not(tmp_path: Path) -> None:
+    def entry() -> mkv.Entry:
+        with index.env.begin(index.journal) as txn:
+            return mkv.parse_entry(txn.get(b"/claimed"))
+
+    with (
+        opened(tmp_path / "index") as index,
+        process(tmp_path / "index", "claim_and_wait") as other,
+    ):
+        name = other.stdout.readline().strip()
+        assert entry().owner.startswith(name + ".")
+        other.send_signal(signal.SIGSTOP)
+        for _ in range(3):
+            asyncio.run(index.evict_dead({name, index.process}))
+        assert entry().owner.startswith(name + ".")
+        with pytest.raises(mkv.HTTPError) as error:
+            asyncio.run(write(index, b"/claimed"))
+        assert error.value.status == 409
+        other.kill()
+        other.wait()
+        asyncio.run(index.evict_dead({name}))
+        assert entry().owner == "" and len(entry().replicas) == 1
+        assert [path.name for path in index.owners.iterdir()] == [index.process]
+        asyncio.run(write(index, b"/claimed"))
+        assert index.get(b"/claimed")
+
+
+def test_an_owner_without_a_file_counts_as_dead(tmp_path: Path) -> None:
+    async def claim_and_evict() -> None:
+        await index.do(mkv.Operations.claim, b"/k", "nobody.1", ["v0"], time.time(), None)
+        await index.evict_dead({"nobody"})
+        await write(index, b"/k")
+
+    with opened(tmp_path / "index") as index:
+        asyncio.run(claim_and_evict())
+        assert index.get(b"/k")
+
+
+def test_a_process_that_finds_itself_evicted_takes_a_new_name(tmp_path: Path) -> None:
+    async def work() -> None:
+        await index.evict_dead(set())
+        await write(index, b"/k")
+
+    with opened(tmp_path / "index") as index:
+        old = index.process
+        (tmp_path / "index/owners" / old).unlink()
+        asyncio.run(work())
+        assert index.process != old
+        assert (tmp_path / "index/owners" / index.process).exists()
+        assert index.owner().startswith(index.process + ".")
+        assert index.get(b"/k")
+
+
+def test_an_index_is_shared_by_servers_but_not_with_a_rebuild(tmp_path: Path) -> None:
+    path = tmp_path / "index"
+    with process(path, "claim_and_wait") as other:
+        assert other.stdout.readline()
+        with pytest.raises(BlockingIOError):
+            mkv.Index(path, exclusive=True)
+    alone = mkv.Index(path, exclusive=True)
+    with process(path, "claim_and_wait") as other:
+        assert other.wait(20) != 0
+    alone.close()
+
+
+# --- the parser -----------------------------------------------------------------------------------
+
+
+class Reader:
+    """Collects the messages that a parser makes of bytes."""
+
+    def __init__(self) -> None:
+        self.messages: list[list] = []  # head, body, whether it is complete
+        self.is_ready = True
+        self.parser = mkv.parser(
+            bytearray(), lambda: self.is_ready, self.begin, self.piece, self.end
+        )
+        next(self.parser)
+
+    def begin(self, head: bytes) -> int | None:
+        self.messages.append([head, b"", False])
+        return mkv.parse_request(head).length
+
+    def piece(self, data: bytes) -> None:
+        assert not self.messages[-1][2]
+        self.messages[-1][1] += data
+
+    def end(self) -> None:
+        self.messages[-1][2] = True
+
+    def feed(self, *pieces: bytes) -> "Reader":
+        for piece in pieces:
+            self.parser.send(piece)
+        return self
+
+
+STREAM = b"".join(
+    [
+        request("GET", "/a"),
+        request("PUT", "/b", b"0\r\n\r\nGET /x"),
+        request("PUT", "/c", b"", "transfer-encoding:  Chunked \r\n"),
+        b'5;name="va;lue"\r\nabcde\r\n00A \r\n0123456789\r\n0;x\r\nTrailer: 1\r\nAnother:\r\n\r\n',
+        request("PUT", "/d", b"", CHUNKED) + b"0\r\n\r\n",
+        request("PUT", "/e", b"x", "Content-Length: 1\r\n").replace(
+            b"Content-Length: 1\r\n", b"", 1
+        ),
+        request("DELETE", "/f?x=y"),
+    ]
+)
+BODIES = [b"", b"0\r\n\r\nGET /x", b"abcde0123456789", b"", b"x", b""]
+
+
+def test_the_parser_cuts_a_stream_into_messages() -> None:
+    reader = Reader().feed(STREAM)
+    assert [body for _, body, _ in reader.messages] == BODIES
+    assert all(complete for *_, complete in reader.messages)
+    parsed = [mkv.parse_request(head) for head, *_ in reader.messages]
+    assert [each.method for each in parsed] == [b"GET", b"PUT", b"PUT", b"PUT", b"PUT", b"DELETE"]
+    assert [each.path for each in parsed] == [b"/a", b"/b", b"/c", b"/d", b"/e", b"/f"]
+    assert parsed[-1].query == b"x=y" and parsed[0].query is None
+
+
+def test_the_parser_makes_the_same_messages_of_every_split() -> None:
+    whole, size = Reader().feed(STREAM).messages, len(STREAM)
+    for cut in range(size + 1):
+        assert Reader().feed(STREAM[:cut], STREAM[cut:]).messages == whole, cut
+    for step in range(1, 60):
+        pieces = (STREAM[start : start + step] for start in range(0, size, step))
+        assert Reader().feed(*pieces).messages == whole, step
+    chance = random.Random(1)
+    for _ in range(1000):
+        cuts = sorted(chance.choices(range(size), k=chance.randrange(1, 30)))
+        pieces = [STREAM[start:end] for start, end in zip([0, *cuts], [*cuts, size], strict=True)]
+        assert Reader().feed(*pieces).messages == whole, cuts
+
+
+def test_the_parser_makes_the_same_messages_of_every_pair_of_cuts_in_a_chunked_request() -> None:
+    stream = request("PUT", "/", b"", CHUNKED) + b"3;x\r\nabc\r\n1\r\nd\r\n0\r\nT: x\r\n\r\n"
+    stream += request("GET", "/")
+    whole = Reader().feed(stream).messages
+    assert [body for _, body, _ in whole] == [b"abcd", b""]
+    for first, second in itertools.combinations(range(len(stream)), 2):
+        pieces = stream[:first], stream[first:second], stream[second:]
+        assert Reader().feed(*pieces).messages == whole, pieces
+
+
+def test_the_parser_refuses_nonsense_in_every_split_and_begins_nothing_after_it() -> None:
+    first = request("GET", "/first")
+    for head in (
+        "GET /k HTTP/1.1\nHost: x\r\n\r\n",
+        "GET /k HTTP/1.1\r\nHost: x\r\nX: a\rb\r\n\r\n",
+    ):
+        stream = first + head.encode() + SMUGGLED
+        for cut in range(len(stream) + 1):
+            reader = Reader()
+            with pytest.raises(mkv.HTTPError) as error:
+                reader.feed(stream[:cut], stream[cut:])
+            assert error.value.status == 400
+            assert [
+                mkv.parse_request(head).path for head, _, complete in reader.messages if complete
+            ] == [b"/first"]
+
+
+def test_the_parser_begins_no_request_before_it_is_ready() -> None:
+    reader = Reader()
+    reader.is_ready = False
+    reader.feed(STREAM)
+    assert reader.messages == []
+    reader.is_ready = True
+    assert [body for _, body, _ in reader.feed(b"").messages] == BODIES
+
+
+# --- the protocol ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """A cluster for tests that need no other; at the end nothing may have leaked."""
+    shared = Cluster(tmp_path_factory.mktemp("shared"))
+    yield shared
+    try:
+        until(shared.is_clean)
+    finally:
+        shared.close()
+
+
+def test_a_value_is_written_read_and_deleted(cluster: Callable[..., Cluster]) -> None:
+    system = cluster()
+    assert system.server.put("/wehave", b"bigswag") == 201
+    assert system.server.get("/wehave") == b"bigswag"
+    assert system.server.call("DELETE", "/wehave").status == 204
+    assert system.server.get("/wehave") is None
+    until(system.is_clean)
+    assert system.files() == set()
+
+
+def test_files_lie_where_the_placement_says_under_names_with_a_write_id(system: Cluster) -> None:
+    assert system.server.put("/placed", b"value") == 201
+    record = system.tables()[0][b"/placed"]
+    volumes = [volume.name for volume in system.volumes]
+    places = mkv.key2volume(b"/placed", volumes, 3, 10)
+    assert [replica.location for replica in record.replicas] == places
+    assert re.fullmatch("[0-9a-f]{16}", record.write_id)
+    assert abs(int(record.write_id[:8], 16) - time.time()) < 60
+    assert {place + mkv.key2path(b"/placed", record.write_id) for place in places} <= system.files()
+    assert (record.size, record.hash) == (5, hashlib.md5(b"value").hexdigest())
+
+
+def test_get_redirects_with_volumes_balance_and_md5(system: Cluster) -> None:
+    assert system.server.put("/redirected", b"value") == 201
+    answer = system.server.call("GET", "/redirected")
+    record = system.tables()[0][b"/redirected"]
+    places = [replica.location for replica in record.replicas]
+    path = mkv.key2path(b"/redirected", record.write_id)
+    assert (answer.status, answer.body) == (302, b"")
+    assert answer.fields["location"] in {f"http://{place}{path}" for place in places}
+    assert answer.fields["key-volumes"] == ",".join(places)
+    assert answer.fields["key-balance"] == "balanced"
+    assert answer.fields["content-md5"] == hashlib.md5(b"value").hexdigest()
+    assert answer.fields["content-length"] == "0"
+
+
+def test_ranges_are_served_through_the_redirect(system: Cluster) -> None:
+    assert system.server.put("/ranged", b"0123456789") == 201
+    target = system.server.call("GET", "/ranged").fields["location"]
+    port, _, path = target.removeprefix("http://127.0.0.1:").partition("/")
+    value = call(int(port), "GET", "/" + path, None, {"Range": "bytes=2-4"})
+    assert (value.status, value.body) == (206, b"234")
+
+
+def test_head_answers_as_get_does_without_a_body(system: Cluster) -> None:
+    assert system.server.put("/headed", b"value") == 201
+    with Wire(system.server.port) as wire:
+        wire.send(request("HEAD", "/headed"))
+        status, fields = wire.head()
+        assert status == 302
+        assert fields["key-volumes"] and fields["location"] and fields["content-length"] == "0"
+        wire.send(request("HEAD", "/head-of-nothing"))
+        assert wire.head()[0] == 404
+        wire.send(request("HEAD", "/?health"))
+        assert wire.head() == (200, {"content-length": "3", **TEXT})
+        wire.send(request("HEAD", "/?list"))
+        assert wire.head()[0] == 200
+        wire.send(request("GET", "/headed"))
+        assert wire.answer().status == 302  # so no body came with the others
+
+
+TEXT = {"content-type": "text/plain; charset=utf-8"}
+
+
+def test_a_key_is_written_once(system: Cluster) -> None:
+    assert system.server.put("/once", b"first") == 201
+    assert system.server.put("/once", b"second") == 403
+    assert system.server.get("/once") == b"first"
+
+
+def test_what_is_missing_is_404(system: Cluster) -> None:
+    for method in ("GET", "HEAD", "DELETE", "UNLINK"):
+        assert system.server.call(method, "/missing").status == 404, method
+
+
+def test_errors_carry_one_line_of_plain_text(system: Cluster) -> None:
+    answer = system.server.call("GET", "/missing")
+    assert answer.fields["content-type"].startswith("text/plain")
+    assert answer.body.count(b"\n") == 1 and answer.body.endswith(b"\n") and len(answer.body) > 5
+
+
+def test_an_unlinked_key_is_hidden_until_it_is_deleted(system: Cluster) -> None:
+    assert system.server.put("/unlinked", b"value") == 201
+    record = system.tables()[0][b"/unlinked"]
+    assert system.server.call("UNLINK", "/unlinked").status == 204
+    assert system.server.get("/unlinked") is None
+    assert system.server.call("UNLINK", "/unlinked").status == 404
+    assert system.tables()[0][b"/unlinked"] == record._replace(deleted=True)
+    assert system.named() <= system.files()  # the bytes are kept
+    assert system.server.call("DELETE", "/unlinked").status == 204
+    assert system.server.call("DELETE", "/unlinked").status == 404
+
+
+def test_a_put_over_an_unlinked_key_replaces_it(cluster: Callable[..., Cluster]) -> None:
+    system = cluster()
+    assert system.server.put("/again", b"first") == 201
+    assert system.server.call("UNLINK", "/again").status == 204
+    assert system.server.put("/again", b"second") == 201
+    assert system.server.get("/again") == b"second"
+    until(system.is_clean)
+    assert len(system.files()) == 3
+
+
+def test_a_failed_put_over_an_unlinked_key_leaves_the_old_value_to_its_delete(
+    cluster: Callable[..., Cluster],
+) -> None:
+    system = cluster()
+    assert system.server.put("/again", b"first") == 201
+    assert system.server.call("UNLINK", "/again").status == 204
+    assert system.server.call("PUT", "/again", b"second", Content_MD5="0" * 32).status == 400
+    until(system.is_clean)
+    assert len(system.files()) == 3 and system.server.get("/again") is None
+    assert json.loads(system.server.call("GET", "/?unlinked").body)["keys"] == ["/again"]
+
+
+def test_with_protect_a_key_is_unlinked_before_it_is_deleted(
+    cluster: Callable[..., Cluster],
+) -> None:
+    server = cluster("-protect").server
+    assert server.put("/safe", b"value") == 201
+    assert server.call("DELETE", "/safe").status == 403
+    assert server.get("/safe") == b"value"
+    assert server.call("UNLINK", "/safe").status == 204
+    assert server.call("DELETE", "/safe").status == 204
+    assert server.call("DELETE", "/safe").status == 404
+
+
+def test_the_fallback_gets_the_requests_for_missing_keys(cluster: Callable[..., Cluster]) -> None:
+    server = cluster("-fallback", "elsewhere:8080").server
+    answer = server.call("GET", "/missing/%C3%A9t%C3%A9")
+    assert answer.status == 302
+    assert answer.fields["location"] == "http://elsewhere:8080/missing/%C3%A9t%C3%A9"
+    assert server.put("/here", b"value") == 201
+    assert server.get("/here") == b"value"
+    assert server.call("UNLINK", "/here").status == 204
+    assert server.call("HEAD", "/here").fields["location"] == "http://elsewhere:8080/here"
+    assert server.call("DELETE", "/missing").status == 404
+
+
+def test_balance_is_told_by_the_volumes_of_now(cluster: Callable[..., Cluster]) -> None:
+    system = cluster("-replicas", "1")
+    assert system.server.put("/one", b"value") == 201
+    assert system.server.call("GET", "/one").fields["key-balance"] == "balanced"
+    other = system.start(free_ports(1)[0], "-replicas", "2")
+    answer = other.call("GET", "/one")
+    assert answer.fields["key-balance"] == "unbalanced"
+    assert len(answer.fields["key-volumes"].split(",")) == 1
+    assert other.get("/one") == b"value"
+
+
+def test_one_subvolume_means_no_sub_folders(cluster: Callable[..., Cluster]) -> None:
+    system = cluster(subvolumes=1)
+    assert system.server.put("/flat", b"value") == 201
+    assert system.server.get("/flat") == b"value"
+    assert {volume.name for volume in system.volumes} == {
+        replica.location for replica in system.tables()[0][b"/flat"].replicas
+    }
+    until(system.is_clean)
+
+
+def test_content_md5_is_checked_in_base64_and_hex(system: Cluster) -> None:
+    digest = hashlib.md5(b"value")
+    good = [digest.hexdigest(), digest.hexdigest().upper(), base64.b64encode(digest.digest())]
+    for number, md5 in enumerate(good):
+        assert system.server.call("PUT", f"/md5-{number}", b"value", Content_MD5=md5).status == 201
+    other = hashlib.md5(b"other")
+    bad = [other.hexdigest(), base64.b64encode(other.digest()), "xyz", "00", digest.hexdigest()[1:]]
+    for md5 in bad:
+        assert system.server.call("PUT", "/md5-bad", b"value", Content_MD5=md5).status == 400, md5
+    assert system.server.get("/md5-bad") is None
+    assert system.server.put("/md5-bad", b"free at once") == 201
+
+
+def test_without_md5sum_no_md5_is_kept_but_a_given_one_is_checked(
+    cluster: Callable[..., Cluster],
+) -> None:
+    server = cluster("-md5sum", "false").server
+    assert server.put("/plain", b"value") == 201
+    assert "content-md5" not in server.call("GET", "/plain").fields
+    assert server.call("PUT", "/checked", b"value", Content_MD5="0" * 32).status == 400
+
+
+def test_an_empty_value_is_411(system: Cluster) -> None:
+    assert system.server.put("/empty", b"") == 411  # Content-Length: 0
+    assert system.server.put("/empty", iter([])) == 411  # chunked
+    assert statuses(raw(system.server.port, request("PUT", "/empty", b"", "Connection: close\r\n")))
+    with Wire(system.server.port) as wire:
+        wire.send(request("PUT", "/empty"))  # no length at all
+        assert wire.answer().status == 411
+    assert system.server.get("/empty") is None
+
+
+def test_keys_are_utf_8_of_2_to_511_bytes(system: Cluster) -> None:
+    server = system.server
+    for path in ("/", "/%FF", "/%C3", "/a%ED%A0%80", "/%", "/%4", "/%zz"):
+        for method in ("GET", "PUT", "DELETE"):
+            assert server.call(method, path, b"x" if method == "PUT" else None).status == 400, path
+    longest = "/" + "é" * 255
+    assert len(longest.encode()) == 511
+    for key in ("/a", longest, "/photos/été", "/😀?#%&+ ;=\n\0\"'", "//", "/a//b/../c/."):
+        assert server.put(quote(key), key.encode()) == 201, key
+        assert server.get(quote(key)) == key.encode(), key
+        assert key.encode() in system.tables()[0]
+        assert server.call("DELETE", quote(key)).status == 204, key
+    for method in ("GET", "PUT", "DELETE", "UNLINK"):
+        assert server.call(method, "/" + "k" * 511, b"x").status == 414, method
+
+
+def test_a_key_is_the_decoded_path_however_it_was_written(system: Cluster) -> None:
+    assert system.server.put("/%61bc%2fd", b"value") == 201
+    assert system.server.get("/abc/d") == b"value"
+    with Wire(system.server.port) as wire:
+        wire.send(request("GET", "http://somewhere:3000/abc/d"))
+        assert wire.answer().status == 302
+
+
+def test_another_method_is_405_with_allow(system: Cluster) -> None:
+    for method in ("POST", "PATCH", "OPTIONS", "TRACE", "MOVE"):
+        answer = system.server.call(method, "/key")
+        assert answer.status == 405, method
+        allowed = set(answer.fields["allow"].split(", "))
+        assert {"GET", "HEAD", "PUT", "DELETE", "UNLINK"} <= allowed
+
+
+def test_another_query_is_400(system: Cluster) -> None:
+    paths = "/key?x /?lists /?list&unlinked /?list&x=1 /?start=/a /?limit=1 /? /a?health /a?metrics"
+    for path in [*paths.split(), "/?list&limit=x", "/?list&limit=-1", "/?list&start=%FF"]:
+        assert system.server.call("GET", path).status == 400, path
+    for method in ("PUT", "DELETE", "UNLINK"):
+        assert system.server.call(method, "/key?list", b"x").status == 400, method
+    assert system.server.get("/key") is None
+
+
+def test_health_is_ok(system: Cluster) -> None:
+    assert system.server.call("GET", "/?health") == Reply(
+        200, {"content-length": "3", **TEXT}, b"ok\n"
+    )
+
+
+def test_metrics_count_requests_bytes_and_keys(cluster: Callable[..., Cluster]) -> None:
+    server = cluster().server
+    for status in (201, 403):
+        assert server.put("/counted", b"x" * 1000) == status
+    answer = server.call("GET", "/?metrics")
+    assert answer.status == 200 and answer.fields["content-type"].startswith("text/plain")
+    for line in answer.body.decode().splitlines():
+        assert re.fullmatch(r'#.*|[a-z_]+(\{[a-z]+="[^"]*"(,[a-z]+="[^"]*")*\})? [0-9.e+-]+', line)
+    assert server.metric('mkv_requests_total{method="PUT",status="201"}') == 1
+    assert server.metric('mkv_requests_total{method="PUT",status="403"}') == 1
+    assert server.metric('mkv_request_seconds_total{method="PUT"}') > 0
+    assert server.metric("mkv_received_bytes_total") >= 1000
+    assert (server.metric("mkv_keys"), server.metric("mkv_journal_entries")) == (1, 0)
+    assert (server.metric("mkv_volumes"), server.metric("mkv_volumes_up")) == (3, 3)
+    assert 0 <= server.metric("mkv_event_loop_lag_seconds") < 10
+
+
+def test_the_second_of_two_concurrent_puts_is_409(system: Cluster) -> None:
+    with Wire(system.server.port) as wire:
+        wire.send(
+            request("PUT", "/contended", b"", "Content-Length: 5\r\nExpect: 100-continue\r\n")
+        )
+        assert wire.head()[0] == 100
+        assert system.server.put("/contended", b"second") == 409
+        assert system.server.get("/contended") is None
+        wire.send(b"first")
+        assert wire.answer().status == 201
+    assert system.server.get("/contended") == b"first"
+    assert system.server.put("/contended", b"third") == 403
+
+
+def test_of_many_concurrent_puts_exactly_one_wins(system: Cluster) -> None:
+    with ThreadPoolExecutor(16) as pool:
+        values = [str(number).encode() * 50_000 for number in range(16)]
+        results = list(pool.map(lambda value: system.server.put("/race", value), values))
+    assert sorted(set(results) - {403, 409}) == [201] and results.count(201) == 1
+    assert system.server.get("/race") == values[results.index(201)]
+
+
+def test_get_is_503_when_no_volume_can_be_reached(cluster: Callable[..., Cluster]) -> None:
+    system = cluster(volumes=3)
+    assert system.server.put("/away", b"value") == 201
+    for volume in system.volumes:
+        volume.kill()
+    until(lambda: system.server.call("GET", "/away").status == 503)
+    assert system.server.put("/more", b"value") == 503
+    for volume in system.volumes:
+        volume.start()
+    until(lambda: system.server.call("GET", "/away").status == 302)
+    assert system.server.get("/away") == b"value"
+    until(lambda: system.server.put("/more", b"value") == 201)
+
+
+def test_with_voltimeout_0_a_replica_without_the_file_is_never_named(
+    cluster: Callable[..., Cluster],
+) -> None:
+    system = cluster("-voltimeout", "0")
+    assert system.server.put("/partly", b"value") == 201
+    first, second, third = system.volumes
+    for volume in (first, second):
+        (path,) = volume.files()
+        (volume.folder / path[1:]).unlink()
+    for _ in range(20):
+        location = system.server.call("GET", "/partly").fields["location"]
+        assert location.startswith(f"http://{third.name}/")
+    (path,) = third.files()
+    (third.folder / path[1:]).unlink()
+    assert system.server.call("GET", "/partly").status == 404
+
+
+# --- lists ----------------------------------------------------------------------------------------
+
+
+def listed(server: Server, path: str) -> tuple[list[str], str]:
+    """The keys of a list, and where the next one begins."""
+    answer = server.call("GET", path)
+    assert answer.status == 200 and answer.fields["content-type"] == "application/json"
+    value = json.loads(answer.body)
+    assert set(value) == {"keys", "next"}
+    return value["keys"], value["next"]
+
+
+def test_list_of_nothing_is_empty(cluster: Callable[..., Cluster]) -> None:
+    server = cluster().server
+    assert listed(server, "/?list") == ([], "")
+    assert listed(server, "/?unlinked&start=/x&limit=5") == ([], "")
+    assert server.put("/a", b"x") == 201
+    assert listed(server, "/b?list") == ([], "")
+    assert listed(server, "/?list&start=/b") == ([], "")
+    assert listed(server, "/0?list") == ([], "")
+
+
+def test_list_gives_keys_in_order_with_prefix_start_and_limit(
+    cluster: Callable[..., Cluster],
+) -> None:
+    server = cluster("-replicas", "1", volumes=1).server
+    keys = ["/a", "/a/1", "/a/2", '/a/"3"\\', "/a/\n", "/ab", "/b c+d", "/été/1", "/été/😀"]
+    keys.sort(key=str.encode)
+    for key in keys:
+        assert server.put(quote(key), b"x") == 201
+    assert listed(server, "/?list") == (keys, "")
+    assert listed(server, "/a?list")[0] == [key for key in keys if key.startswith("/a")]
+    assert listed(server, "/a/?list")[0] == [key for key in keys if key.startswith("/a/")]
+    assert listed(server, quote("/é") + "?list")[0] == ["/été/1", "/été/😀"]
+    assert listed(server, "/?list&start=/a/2")[0] == keys[keys.index("/a/2") :]
+    assert listed(server, "/a/?list&start=/")[0] == [key for key in keys if key.startswith("/a/")]
+    assert listed(server, "/a/?list&start=/b")[0] == []
+    assert listed(server, "/?list&limit=0") == ([], "/a")
+    assert listed(server, f"/?list&limit={len(keys)}") == (keys, "")
+    assert listed(server, "/a?list&limit=100")[1] == ""
+    assert listed(server, "/a/?list&limit=4") == ([k for k in keys if k.startswith("/a/")], "")
+    for limit in range(1, len(keys)):
+        pages, start = [], ""
+        while not pages or start:
+            page, start = listed(server, f"/?list&limit={limit}&start={quote(start)}")
+            assert len(page) <= limit
+            pages += page
+        assert pages == keys
+
+
+def test_unlinked_keys_have_a_list_of_their_own(cluster: Callable[..., Cluster]) -> None:
+    server = cluster("-replicas", "1", volumes=1).server
+    for number in range(10):
+        assert server.put(f"/{number}", b"x") == 201
+    for number in range(0, 10, 2):
+        assert server.call("UNLINK", f"/{number}").status == 204
+    assert listed(server, "/?list") == ([f"/{number}" for number in range(1, 10, 2)], "")
+    assert listed(server, "/?unlinked") == ([f"/{number}" for number in range(0, 10, 2)], "")
+    assert listed(server, "/?unlinked&limit=2") == (["/0", "/2"], "/4")
+    assert listed(server, "/?list&limit=2") == (["/1", "/3"], "/5")
+    assert server.call("DELETE", "/4").status == 204
+    assert listed(server, "/?unlinked&start=/2&limit=2") == (["/2", "/6"], "/8")
+
+
+def test_a_list_for_http_1_0_is_not_chunked(system: Cluster) -> None:
+    assert system.server.put("/old-list/1", b"x") == 201
+    answer = raw(system.server.port, b"GET /old-list/?list HTTP/1.0\r\n\r\n")
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert b"transfer-encoding" not in head.lower()
+    assert json.loads(body) == {"keys": ["/old-list/1"], "next": ""}
+
+
+def anonymous_memory(pid: int) -> int:
+    """Resident bytes that are not pages of a file: LMDB's map does not count."""
+    return int(Path(f"/proc/{pid}/status").read_text().split("RssAnon:")[1].split()[0]) * 1024
+
+
+def test_a_list_of_a_million_keys_streams_without_memory_and_without_stalling_others(
+    cluster: Callable[..., Cluster],
+) -> None:
+    system = cluster()
+    server = system.server
+    assert server.put("/hot", b"value") == 201
+    server.stop()
+    keys = [b"/many/%07d/some-name-of-middling-length.jpeg" % number for number in range(1_000_000)]
+    with lmdb.open(str(server.db), max_dbs=2, map_size=1 << 40) as env:
+        table = env.open_db(b"keys")
+        with env.begin(table, write=True) as txn, txn.cursor() as cursor:
+            cursor.putmulti([(key, b"127.0.0.1:1/sv00 5 0123456789abcdef") for key in keys])
+    server.start()
+    until(lambda: server.get("/hot") == b"value")
+    before, peak, delays, body = anonymous_memory(server.process.pid), 0, [], []
+
+    def read_all() -> None:
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", server.port)) as lister:
+            lister.request("GET", "/?list")
+            answer = lister.getresponse()
+            while piece := answer.read(1 << 20):
+                body.append(piece)
+
+    reader = threading.Thread(target=read_all)
+    # A client that reads nothing of its list costs no memory either.
+    with Wire(server.port) as stalled, Wire(server.port) as wire:
+        stalled.send(request("GET", "/?list"))
+        assert stalled.head()[0] == 200
+        reader.start()
+        while reader.is_alive():
+            began = time.perf_counter()
+            wire.send(request("GET", "/hot"))
+            assert wire.answer().status == 302
+            delays.append(time.perf_counter() - began)
+            peak = max(peak, anonymous_memory(server.process.pid))
+    reader.join()
+    found = json.loads(b"".join(body))
+    assert found["next"] == ""
+    assert found["keys"] == ["/hot", *(key.decode() for key in keys)]
+    assert peak - before < 16 << 20
+    assert len(delays) > 20
+    assert sorted(delays)[len(delays) * 9 // 10] < 0.05
+
+
+# --- http -----------------------------------------------------------------------------------------
+
+
+def test_a_connection_is_kept_for_many_requests(system: Cluster) -> None:
+    with Wire(system.server.port) as wire:
+        for number in range(100):
+            wire.send(request("GET", f"/kept-{number}"))
+            assert wire.answer().status == 404
+        wire.send(request("PUT", "/kept", b"value"))
+        assert wire.answer().status == 201
+        wire.send(request("GET", "/kept", b"", "Connection: close\r\n"))
+        answer = wire.answer()
+        assert (answer.status, answer.fields["connection"]) == (302, "close")
+        assert wire.closed()
+
+
+def test_http_1_0_is_honoured(system: Cluster) -> None:
+    answer = raw(system.server.port, b"PUT /old HTTP/1.0\r\nContent-Length: 5\r\n\r\nvalue")
+    assert statuses(answer) == [201]
+    assert statuses(raw(system.server.port, b"GET /old HTTP/1.0\r\n\r\n")) == [302]
+
+
+def test_pipelined_requests_are_answered_in_order(system: Cluster) -> None:
+    steps = [("GET", 404), ("PUT", 201), ("GET", 302), ("PUT", 403), ("DELETE", 204), ("GET", 404)]
+    stream = b"".join(
+        request(method, f"/pipe-{number}", b"v" * 70_000 if method == "PUT" else b"")
+        for number in range(5)
+        for method, _ in steps
+    )
+    last = request("GET", "/?health", b"", "Connection: close\r\n")
+    assert statuses(raw(system.server.port, stream + last)) == [s for _, s in steps] * 5 + [200]
+
+
+def test_pipelined_requests_may_come_in_any_pieces(system: Cluster) -> None:
+    stream = request("PUT", "/pieces", b"value") + request("GET", "/pieces")
+    stream += request("PUT", "/pieces-2", b"", "Transfer-Encoding: chunked\r\n")
+    stream += b"3;x=y\r\nabc\r\n2\r\nde\r\n0\r\nTrailer: x\r\n\r\n" + request("GET", "/pieces-2")
+    with Wire(system.server.port) as wire:
+        wire.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for byte in stream:
+            wire.send(bytes([byte]))
+        assert [wire.answer().status for _ in range(4)] == [201, 302, 201, 302]
+    assert system.server.get("/pieces-2") == b"abcde"
+
+
+def test_chunked_uploads_work(system: Cluster) -> None:
+    pieces = [
+        random.Random(size).randbytes(size) for size in (1, 10, 100_000, 3, 1_000_000, 65_536)
+    ]
+    assert system.server.put("/chunked", iter(pieces)) == 201
+    assert system.server.get("/chunked") == b"".join(pieces)
+    assert system.tables()[0][b"/chunked"].size == sum(map(len, pieces))
+
+
+def test_the_body_of_a_get_is_not_taken_for_a_request(system: Cluster) -> None:
+    body = request("PUT", "/smuggled", b"x")
+    answer = raw(system.server.port, request("GET", "/bodied", body, "Connection: close\r\n"))
+    assert statuses(answer) == [404]
+    assert system.server.get("/smuggled") is None
+
+
+def test_100_continue_comes_before_a_body_that_will_be_taken(system: Cluster) -> None:
+    with Wire(system.server.port) as wire:
+        wire.send(request("PUT", "/invited", b"", "Content-Length: 5\r\nExpect: 100-continue\r\n"))
+        assert wire.head()[0] == 100
+        wire.send(b"value")
+        assert wire.answer().status == 201
+        chunked = "Transfer-Encoding: chunked\r\nExpect: 100-Continue\r\n"
+        wire.send(request("PUT", "/invited-2", b"", chunked))
+        assert wire.head()[0] == 100
+        wire.send(b"5\r\nvalue\r\n0\r\n\r\n")
+        assert wire.answer().status == 201
+    assert system.server.get("/invited") == system.server.get("/invited-2") == b"value"
+
+
+def test_100_continue_does_not_come_before_a_refusal(system: Cluster) -> None:
+    assert system.server.put("/taken", b"value") == 201
+    expect = "Content-Length: 5\r\nExpect: 100-continue\r\n"
+    refused = {
+        403: request("PUT", "/taken", b"", expect),
+        400: request("PUT", "/uninvited", b"", expect + "Content-MD5: xyz\r\n"),
+        414: request("PUT", "/" + "k" * 600, b"", expect),
+        405: request("POST", "/uninvited", b"", expect),
+        404: request("DELETE", "/uninvited", b"", expect),
+        411: request("PUT", "/uninvited", b"", "Content-Length: 0\r\nExpect: 100-continue\r\n"),
+    }
+    for status, data in refused.items():
+        with Wire(system.server.port) as wire:
+            wire.send(data)
+            assert wire.head()[0] == status
+
+
+def test_another_expectation_is_417(system: Cluster) -> None:
+    data = request("PUT", "/expecting", b"value", "Expect: 200-ok\r\n")
+    assert statuses(raw(system.server.port, data)) == [417]
+
+
+def test_who_sends_50_mb_to_an_existing_key_reads_the_403(system: Cluster) -> None:
+    assert system.server.put("/there", b"value") == 201
+    for _ in range(3):
+        with Wire(system.server.port) as wire:
+            wire.send(request("PUT", "/there", b"x" * 50_000_000))  # fails if it is reset
+            assert wire.answer().status == 403
+            assert wire.closed()
+
+
+def test_sigterm_lets_an_upload_finish(cluster: Callable[..., Cluster]) -> None:
+    system = cluster()
+    with Wire(system.server.port) as wire:
+        wire.send(request("PUT", "/late", b"", "Content-Length: 5\r\nExpect: 100-continue\r\n"))
+        assert wire.head()[0] == 100
+        system.server.process.send_signal(signal.SIGTERM)
+        until(lambda: not system.server_accepts())
+        wire.send(b"value")
+        assert wire.answer().status == 201
+    assert system.server.process.wait(30) == 0
+    system.server.start()
+    assert system.server.get("/late") == b"value"
+
+
+BAD_HEADS = {
+    "length and chunked": (400, "PUT /k HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n" + CHUNKED),
+    "chunked and length": (400, f"PUT /k HTTP/1.1\r\nHost: x\r\n{CHUNKED}Content-Length: 3\r\n"),
+    "differing lengths": (
+        400,
+        "PUT /k HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\ncontent-length: 4\r\n",
+    ),
+    "differing lengths in a list": (400, "PUT /k HTTP/1.1\r\nHost: x\r\nContent-Length: 3, 4\r\n"),
+    "bare CR in a field": (400, "GET /k HTTP/1.1\r\nHost: x\r\nX: a\rb\r\n"),
+    "bare CR ends a field": (400, "GET /k HTTP/1.1\r\nHost: x\rX: a\r\n"),
+    "bare CR in the request line": (400, "GET /k\r HTTP/1.1\r\nHost: x\r\n"),
+    "bare LF ends a field": (400, "GET /k HTTP/1.1\r\nHost: x\nX: a\r\n"),
+    "bare LF ends the request line": (400, "GET /k HTTP/1.1\nHost: x\r\n"),
+    "bare LF ends the head": (400, "GET /k HTTP/1.1\r\nHost: x\r\n\n"),
+    "bare LFs only": (400, "GET /k HTTP/1.1\nHost: x\n\n"),
+    "NUL in a field": (400, "GET /k HTTP/1.1\r\nHost: x\r\nX: a\0b\r\n"),
+    "folded field": (400, "GET /k HTTP/1.1\r\nHost: x\r\nX: a\r\n b\r\n"),
+    "folded first field": (400, "GET /k HTTP/1.1\r\n Host: x\r\nHost: x\r\n"),
+    "space before the colon": (400, "PUT /k HTTP/1.1\r\nHost: x\r\nContent-Length : 3\r\n"),
+    "tab before the colon": (400, "PUT /k HTTP/1.1\r\nHost: x\r\nTransfer-Encoding\t: chunked\r\n"),
+    "no colon": (400, "GET /k HTTP/1.1\r\nHost: x\r\nnonsense\r\n"),
+    "no name": (400, "GET /k HTTP/1.1\r\nHost: x\r\n: value\r\n"),
+    "no Host": (400, "GET /k HTTP/1.1\r\n"),
+    "two Hosts": (400, "GET /k HTTP/1.1\r\nHost: x\r\nHost: y\r\n"),
+    "no version": (400, "GET /k\r\nHost: x\r\n"),
+    "two spaces": (400, "GET  /k HTTP/1.1\r\nHost: x\r\n"),
+    "space in the path": (400, "GET /k k HTTP/1.1\r\nHost: x\r\n"),
+    "no path": (400, "GET k HTTP/1.1\r\nHost: x\r\n"),
+    "another protocol": (400, "GET /k HTTQ/1.1\r\nHost: x\r\n"),
+    "gzip, chunked": (501, "PUT /k HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: gzip, chunked\r\n"),
+    "gzip": (501, "PUT /k HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: gzip\r\n"),
+    "identity": (501, "PUT /k HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: identity\r\n"),
+    "xchunked": (501, "PUT /k HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: xchunked\r\n"),
+    "chunked twice": (501, f"PUT /k HTTP/1.1\r\nHost: x\r\n{CHUNKED}{CHUNKED}"),
+    "a head over 16 KiB": (431, f"GET /k HTTP/1.1\r\nHost: x\r\nX: {'x' * 17000}\r\n"),
+    "many fields over 16 KiB": (431, "GET /k HTTP/1.1\r\nHost: x\r\n" + "X: y\r\n" * 3000),
+    "a path over 16 KiB": (431, f"GET /{'k' * 17000} HTTP/1.1\r\nHost: x\r\n"),
+}
+for _length in ("+3", "-3", "0x3", "3 3", "3;", "3.0", "1e3", "", "x", "9" * 30, "\u00b3"):
+    _line = f"PUT /k HTTP/1.1\r\nHost: x\r\nContent-Length: {_length}\r\n"
+    BAD_HEADS[f"length {_length!a}"] = (400, _line)
+
+
+@pytest.mark.parametrize("name", BAD_HEADS)
+def test_a_doubtful_head_is_refused_and_nothing_after_it_is_read(
+    system: Cluster, name: str
+) -> None:
+    status, head = BAD_HEADS[name]
+    answer = raw(system.server.port, head.encode("latin-1") + b"\r\n" + SMUGGLED)
+    assert statuses(answer) == [status]
+    assert b"connection: close" in answer.lower()
+    assert system.server.get("/smuggled") is None
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        *("x\r\nabc\r\n0\r\n\r\n", "-3\r\nabc\r\n0\r\n\r\n", "+3\r\nabc\r\n0\r\n\r\n"),
+        *("0x3\r\nabc\r\n0\r\n\r\n", " 3\r\nabc\r\n0\r\n\r\n", "\r\nabc\r\n0\r\n\r\n"),
+        *("3 3\r\nabc\r\n0\r\n\r\n", "3_\r\nabc\r\n0\r\n\r\n", "fffffffffffffffff\r\nabc\r\n"),
+        *("3\nabc\r\n0\r\n\r\n", "3\r\nabc\n0\r\n\r\n", "3\r\nabcd\r\n0\r\n\r\n"),
+        *("3\r\nab\r\n0\r\n\r\n", "3;x=\ry\r\nabc\r\n0\r\n\r\n", "3;x=\ny\r\nabc\r\n0\r\n\r\n"),
+        *("3\r\nabc\r\n0\r\nbad trailer\r\n\r\n", "3\r\nabc\r\n0\r\n bad: trailer\r\n\r\n"),
+        *("3\r\nabc\r\n0\r\nX: y\n\r\n",),
+    ],
+    ids=lambda body: ascii(body[:20]),
+)
+def test_a_doubtful_chunked_body_is_refused_and_nothing_after_it_is_read(
+    system: Cluster, body: str
+) -> None:
+    head = request("PUT", "/doubtful", b"", CHUNKED)
+    answer = raw(system.server.port, head + body.encode() + SMUGGLED)
+    assert statuses(answer) == [400]
+    assert b"connection: close" in answer.lower()
+    assert system.server.get("/smuggled") is None
+    assert system.server.get("/doubtful") is None
+
+
+def test_a_head_without_end_is_431_as_soon_as_it_is_too_long(system: Cluster) -> None:
+    with Wire(system.server.port) as wire:
+        wire.send(b"GET /k HTTP/1.1\r\nHost: x\r\n" + b"X: y\r\n" * 3000)
+        assert wire.answer().status == 431
+        assert wire.closed()
+
+
+def test_a_chunk_line_without_end_is_400(system: Cluster) -> None:
+    with Wire(system.server.port) as wire:
+        wire.send(request("PUT", "/endless", b"", CHUNKED) + b"3;" + b"x" * 17_000)
+        assert wire.answer().status == 400
+        assert wire.closed()
+
+
+def test_a_head_just_under_16_kib_is_taken(system: Cluster) -> None:
+    fields = "".join(f"X-{number}: {'x' * 250}\r\n" for number in range(62))
+    data = request("GET", "/?health", b"", fields + "Connection: close\r\n")
+    assert 16_000 < len(data) < 16_384
+    assert statuses(raw(system.server.port, data)) == [200]
+
+
+def test_a_slow_head_is_408(cluster: Callable[..., Cluster]) -> None:
+    port = cluster("-replicas", "1", volumes=1, preamble="mkv.HEAD_TIME = 0.3").server.port
+    with Wire(port) as silent, Wire(port) as trickling:
+        silent.send(b"GET /k HTTP/1.1\r\nHo")
+        trickling.socket.settimeout(0.05)
+        answer = b""
+        for byte in itertools.chain(b"GET /k HTTP/1.1\r\nX: ", itertools.repeat(120, 400)):
+            with contextlib.suppress(TimeoutError):  # the pace of the bytes
+                trickling.send(bytes([byte]))
+                if answer := trickling.socket.recv(1000):
+                    break
+        assert statuses(answer) == [408]
+        assert silent.answer().status == 408
+        assert silent.closed()
+
+
+def test_a_body_that_stops_is_408_and_leaves_nothing(cluster: Callable[..., Cluster]) -> None:
+    system = cluster(preamble="mkv.BODY_TIME = 0.5")
+    for length in (10, 1_000_000):
+        with Wire(system.server.port) as wire:
+            wire.send(request("PUT", "/slow", b"", f"Content-Length: {length}\r\n") + b"x")
+            assert wire.answer().status == 408
+            assert wire.closed()
+        assert system.server.put("/slow", b"value") == 201
+        assert system.server.call("DELETE", "/slow").status == 204
+    until(system.is_clean)
+
+
+def test_idle_connections_end(cluster: Callable[..., Cluster]) -> None:
+    server = cluster("-replicas", "1", volumes=1, preamble="mkv.IDLE_TIME = 0.3").server
+    with Wire(server.port) as fresh, Wire(server.port) as used:
+        used.send(request("GET", "/?health"))
+        assert used.answer().status == 200
+        assert fresh.closed() and used.closed()
+
+
+# --- uploads --------------------------------------------------------------------------------------
+
+
+class Value:
+    """A value of any size that is never in memory as a whole; each MiB of it is different."""
+
+    def __init__(self, seed: int, size: int) -> None:
+        self.block, self.size = random.Random(seed).randbytes(1 << 20), size
+
+    def __iter__(self) -> Iterator[bytes]:
+        for number, start in enumerate(range(0, self.size, 1 << 20)):
+            yield (number.to_bytes(8, "big") + self.block[8:])[: self.size - start]
+
+    def sha256(self) -> str:
+        return sha256(self)
+
+
+def sha256(pieces: Iterable[bytes]) -> str:
+    """In hex, of pieces."""
+    digest = hashlib.sha256()
+    for piece in pieces:
+        digest.update(piece)
+    return digest.hexdigest()
+
+
+def download(url: str) -> Iterator[bytes]:
+    """What a volume serves, in pieces."""
+    port, _, path = url.removeprefix("http://127.0.0.1:").partition("/")
+    connection = http.client.HTTPConnection("127.0.0.1", int(port), timeout=60)
+    with contextlib.closing(connection):
+        connection.request("GET", "/" + path)
+        answer = connection.getresponse()
+        assert answer.status == 200
+        while piece := answer.read(1 << 20):
+            yield piece
+
+
+def upload(server: Server, path: str, value: Value, chunked: bool = False) -> int:
+    """PUT a value as a stream; the status."""
+    length = {} if chunked else {"Content_Length": str(value.size)}
+    return server.call("PUT", path, iter(value), **length).status
+
+
+def replicas_of(system: Cluster, key: bytes) -> list[str]:
+    """The URLs of all files of a key."""
+    replicas = system.tables()[0][key].replicas
+    return [f"http://{r.location}{mkv.key2path(key, r.write_id)}" for r in replicas]
+
+
+def test_uploads_stream_in_little_memory_and_all_replicas_are_identical(
+    cluster: Callable[..., Cluster],
+) -> None:
+    system = cluster("-voltimeout", "3s")  # disks stall
+    large = Value(0, 256 << 20)
+    assert upload(system.server, "/large", large) == 201
+    several = [Value(seed, (64 << 20) + seed - 4) for seed in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        puts = [
+            pool.submit(upload, system.server, f"/{seed}", value, chunked=seed % 2 == 1)
+            for seed, value in enumerate(several)
+        ]
+        assert [put.result() for put in puts] == [201] * 8
+    assert system.server.memory() < 96 << 20
+    for url in replicas_of(system, b"/large"):
+        assert sha256(download(url)) == large.sha256()
+    for seed, value in enumerate(several):
+        urls = replicas_of(system, b"/%d" % seed)
+        assert len(urls) == 3
+        assert sha256(download(urls[seed % 3])) == value.sha256()
+        assert system.tables()[0][b"/%d" % seed].size == value.size
+    until(system.is_clean)
+
+
+def test_values_of_every_size_around_the_limits_survive(system: Cluster) -> None:
+    for size in (1, 2, 65_535, 65_536, 65_537, 262_143, 262_145, (1 << 20) + 1, 5_000_000):
+        value = Value(size, size)
+        for chunked in (False, True):
+            path = f"/size/{size}/{chunked}"
+            assert upload(system.server, path, value, chunked) == 201
+            assert hashlib.sha256(system.server.get(path)).hexdigest() == value.sha256()
+            assert (
+                system.tables()[0][path.encode()].hash == hashlib.md5(b"".join(value)).hexdigest()
+            )
+
+
+def test_small_and_large_uploads_do_not_get_in_each_others_way(
+    cluster: Callable[..., Cluster],
+) -> None:
+    system = cluster("-voltimeout", "1s")
+
+    def put(number: int) -> int:
+        return system.server.put(f"/{number}", b"x" * (1000 if number % 4 else 100_000))
+
+    with ThreadPoolExecutor(16) as pool:
+        assert list(pool.map(put, range(1200))) == [201] * 1200
+    until(system.is_clean)
+    assert "is down" not in system.server.log.read_text()
+
+
+def assert_failed_cleanly(system: Cluster, key: str) -> None:
+    """Nothing of a key is left, and it is free again at once."""
+    assert system.server.get(key) is None
+    assert system.server.put(key, b"value") == 201
+    assert system.server.get(key) == b"value"
+    assert system.server.call("DELETE", key).status == 204
+    until(system.journal_is_empty)
+    assert system.files() == system.named()
+
+
+@pytest.mark.parametrize("size", [1000, 3_000_000])
+def test_a_wrong_md5_leaves_nothing(system: Cluster, size: int) -> None:
+    answer = system.server.call("PUT", "/wrong", b"x" * size, Content_MD5="0" * 32)
+    assert answer.status == 400
+    assert hashlib.md5(b"x" * size).hexdigest().encode() in answer.body
+    assert_failed_cleanly(system, "/wrong")
+
+
+@pytest.mark.parametrize("size", [1000, 3_000_000])
+def test_a_body_that_becomes_nonsense_leaves_nothing(system: Cluster, size: int) -> None:
+    body = b"%x\r\n%b\r\nnonsense\r\n" % (size, b"x" * size)
+    answer = raw(system.server.port, request("PUT", "/nonsense", b"", CHUNKED) + body)
+    assert statuses(answer) == [400]
+    assert_failed_cleanly(system, "/nonsense")
+
+
+@pytest.mark.parametrize("size", [1000, 3_000_000])
+@pytest.mark.parametrize("reset", [False, True])
+def test_a_client_that_goes_away_leaves_nothing(system: Cluster, size: int, reset: bool) -> None:
+    length = f"Content-Length: {size + 1}\r\nExpect: 100-continue\r\n"
+    with Wire(system.server.port) as wire:
+        wire.send(request("PUT", "/gone", b"", length))
+        assert wire.head()[0] == 100
+        wire.send(b"x" * size)
+        if reset:
+            linger = (1).to_bytes(4, sys.byteorder) + bytes(4)
+            wire.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+    until(lambda: not any(entry.owner for entry in system.tables()[1].values()))
+    assert_failed_cleanly(system, "/gone")
+
+
+def test_a_client_that_half_closes_too_early_reads_400(system: Cluster) -> None:
+    with Wire(system.server.port) as wire:
+        wire.send(request("PUT", "/half", b"", "Content-Length: 10\r\n") + b"value")
+        wire.socket.shutdown(socket.SHUT_WR)
+        assert wire.answer().status == 400
+    assert_failed_cleanly(system, "/half")
+
+
+def test_a_client_that_half_closes_after_its_request_reads_the_answer(system: Cluster) -> None:
+    with Wire(system.server.port) as wire:
+        wire.send(request("PUT", "/whole", b"value"))
+        wire.socket.shutdown(socket.SHUT_WR)
+        assert wire.answer().status == 201
+        assert wire.closed()
+
+
+@pytest.mark.parametrize("size", [1000, 3_000_000])
+def test_a_replica_that_refuses_leaves_no_file_on_the_others(
+    cluster: Callable[..., Cluster], size: int
+) -> None:
+    system = cluster()
+    location = mkv.key2volume(b"/refused", [volume.name for volume in system.volumes], 3, 10)[1]
+    (volume,) = [each for each in system.volumes if each.name == mkv.volume_of(location)]
+    # A file where a folder is needed: nginx cannot write there, not even as root.
+    obstacle = volume.folder / location.partition("/")[2] / mkv.key2path(b"/refused")[1:3]
+    obstacle.write_bytes(b"")
+    for attempt in range(3):
+        answer = system.server.call("PUT", "/refused", b"x" * size)
+        assert answer.status in (500, 503), attempt  # never 409: the key is free at once
+        assert answer.body.strip()
+    assert system.server.get("/refused") is None
+    until(lambda: len(system.files()) == 1)  # the obstacle
+    obstacle.unlink()
+    until(system.journal_is_empty)
+    assert system.files() == set()
+    until(lambda: system.server.put("/refused", b"x" * size) == 201)
+    assert system.server.get("/refused") == b"x" * size
+    until(system.is_clean)
+
+
+def test_a_put_without_enough_volumes_is_503_and_leaves_nothing(
+    cluster: Callable[..., Cluster],
+) -> None:
+    system = cluster()
+    system.volumes[0].kill()
+    for size in (1000, 3_000_000):
+        answer = system.server.call("PUT", "/few", b"x" * size)
+        assert answer.status == 503 and answer.body.strip()
+    assert system.server.get("/few") is None
+    system.volumes[0].start()
+    until(lambda: system.server.put("/few", b"value") == 201)
+    until(system.is_clean)
+
+
+# A task is cancelled right after it has queued an operation for a key: at its next await.
+CANCEL = """
+import asyncio
+do, done = mkv.Index.do, []
+def do_and_cancel(self, operation, *args, **options):
+    future = do(self, operation, *args, **options)
+    if operation is mkv.{operation} and args[0] == b"/cancelled" and not done:
+        done.append(asyncio.current_task().cancel())
+        print("cancelled", flush=True)
+    return future
+mkv.Index.do = do_and_cancel
+"""
+
+
+def test_a_task_cancelled_while_its_claim_is_queued_leaves_the_key_free(
+    cluster: Callable[..., Cluster],
+) -> None:
+    system = cluster(preamble=CANCEL.format(operation="claim"))
+    with Wire(system.server.port) as wire:
+        wire.send(request("PUT", "/cancelled", b"first"))
+        until(lambda: "cancelled" in system.server.log.read_text())
+        until(lambda: system.server.put("/cancelled", b"second") == 201)
+        assert system.server.get("/cancelled") == b"second"
+    until(system.is_clean)
+
+
+def test_a_task_cancelled_while_its_commit_is_queued_deletes_no_committed_file(
+    cluster: Callable[..., Cluster],
+) -> None:
+    system = cluster(preamble=CANCEL.format(operation="commit"))
+    with Wire(system.server.port) as wire:
+        wire.send(request("PUT", "/cancelled", b"first"))
+        until(lambda: "cancelled" in system.server.log.read_text())
+        assert until(lambda: system.server.get("/cancelled")) == b"first"
+    assert system.server.put("/cancelled", b"second") == 403
+    until(system.is_clean)
+    assert len(system.files()) == 3
+
+
+# --- volume.sh ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def volume(tmp_path: Path) -> Iterator[Volume]:
+    """One volume without a server."""
+    started = Volume(tmp_path / "volume", *free_ports(1))
+    yield started
+    started.kill()
+
+
+def run_volume_sh(*args: str | Path, script: Path = HERE / "volume.sh", **env: str) -> str:
+    """What volume.sh says when it does not start: one line."""
+    ended = subprocess.run(
+        [script, *args], env=os.environ | env, capture_output=True, text=True, timeout=20
+    )
+    assert ended.returncode == 2, ended
+    assert ended.stdout == "" and ended.stderr.count("\n") == 1, ended
+    return ended.stderr
+
+
+def group_is_gone(group: int) -> bool:
+    """Whether no process of a group is left."""
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+def test_delete_of_a_folder_is_refused(volume: Volume) -> None:
+    for path in ("/sv00/aa/bb/file", "/sv00/aa/bb/sub/file", "/aa/bb/file"):
+        assert call(volume.port, "PUT", path, b"value").status == 201
+    before = volume.files()
+    assert len(before) == 3
+    paths = "/ /sv00/ /sv00/aa/ /sv00/aa/bb/ /sv00/aa/bb/sub/ /aa/bb/ /sv00/aa/. /sv00/aa/bb/x/.. "
+    paths += "/sv00 /sv00/aa /sv00/aa/bb /aa //sv00//aa// /sv00/aa/%2e /sv00/aa%2f /sv00/aa/bb/?x"
+    for path in paths.split():
+        for depth in ("infinity", "0"):
+            answer = call(volume.port, "DELETE", path, None, {"Depth": depth})
+            assert answer.status in (403, 409), path
+    assert call(volume.port, "PUT", "/sv00/aa/new/", b"value").status in (403, 409)
+    for method in ("MKCOL", "MOVE", "COPY", "POST"):
+        moved = {"Destination": "/sv00/aa/moved"}
+        assert call(volume.port, method, "/sv00/aa/bb/", None, moved).status in (403, 405), method
+    assert volume.files() == before
+    assert call(volume.port, "DELETE", "/sv00/aa/bb/file").status == 204
+    assert call(volume.port, "DELETE", "/sv00/aa/bb/file").status == 404
+
+
+def test_dot_paths_are_refused(volume: Volume) -> None:
+    (volume.folder / "sv00/.tmp/half").write_bytes(b"half-written")
+    (volume.folder / ".tmp/half").write_bytes(b"half-written")
+    paths = "/.nginx/nginx.conf /.nginx/pid /.nginx/ /.tmp/ /.tmp/half /sv00/.tmp/ /sv00/.tmp/half"
+    paths += " /%2enginx/nginx.conf /sv00/aa/../.tmp/half /sv00/%2Etmp/half //.nginx/pid /.x"
+    for path in paths.split():
+        for method in ("GET", "HEAD", "PUT", "DELETE"):
+            body = b"value" if method == "PUT" else None
+            assert call(volume.port, method, path, body).status == 403, (method, path)
+    assert (volume.folder / "sv00/.tmp/half").read_bytes() == b"half-written"
+    assert not (volume.folder / ".x").exists()
+    entries = json.loads(call(volume.port, "GET", "/").body)
+    assert not [entry["name"] for entry in entries if entry["name"].startswith(".")]
+
+
+def test_a_missing_drive_is_503_and_the_others_are_up(tmp_path: Path) -> None:
+    folder = tmp_path / "volume"
+    folder.mkdir()
+    (folder / "sv03").write_bytes(b"no folder")
+    (folder / "sv04").symlink_to(tmp_path / "nowhere/at/all")
+    volume = Volume(folder, *free_ports(1))
+    try:
+        for subvolume in ("sv03", "sv04"):
+            for method, path in (("GET", "/aa/bb/x"), ("PUT", "/aa/bb/x"), ("DELETE", "/aa/bb/x")):
+                body = b"x" if method == "PUT" else None
+                assert call(volume.port, method, f"/{subvolume}{path}", body).status == 503
+            assert call(volume.port, "GET", f"/{subvolume}/").status == 503
+        assert call(volume.port, "PUT", "/sv05/aa/bb/x", b"x").status == 201
+        assert call(volume.port, "GET", "/sv05/aa/bb/y").status == 404
+    finally:
+        volume.kill()
+
+
+def test_a_drive_that_vanished_is_503_not_404(volume: Volume) -> None:
+    assert call(volume.port, "PUT", "/sv03/aa/bb/x", b"x").status == 201
+    (volume.folder / "sv03").rename(volume.folder / "gone")
+    (volume.folder / "sv03").mkdir()  # the empty folder that a drive was mounted on
+    for method in ("GET", "HEAD", "DELETE", "PUT"):
+        body = b"x" if method == "PUT" else None
+        assert call(volume.port, method, "/sv03/aa/bb/x", body).status == 503, method
+    assert call(volume.port, "GET", "/sv03/").status == 503
+    assert call(volume.port, "PUT", "/sv02/aa/bb/x", b"x").status == 201
+    (volume.folder / "sv03").rmdir()
+    assert call(volume.port, "GET", "/sv03/aa/bb/x").status == 503
+    (volume.folder / "gone").rename(volume.folder / "sv03")
+    assert call(volume.port, "GET", "/sv03/aa/bb/x").body == b"x"
+
+
+def test_a_folder_that_vanished_is_503_without_subvolumes_too(tmp_path: Path) -> None:
+    volume = Volume(tmp_path / "volume", *free_ports(1), subvolumes=1)
+    try:
+        assert call(volume.port, "PUT", "/aa/bb/x", b"x").status == 201
+        volume.folder.rename(tmp_path / "gone")
+        for method in ("GET", "PUT", "DELETE"):
+            body = b"x" if method == "PUT" else None
+            assert call(volume.port, method, "/aa/bb/x", body).status == 503, method
+        assert call(volume.port, "GET", "/").status == 503
+    finally:
+        (tmp_path / "gone").rename(volume.folder)
+        volume.kill()
+
+
+def test_uploads_wait_on_the_drive_they_are_for_and_leave_nothing_when_cut_short(
+    volume: Volume,
+) -> None:
+    waiting = volume.folder / "sv07/.tmp"
+    with Wire(volume.port) as wire:
+        wire.send(request("PUT", "/sv07/aa/bb/x", b"", "Content-Length: 9000000\r\n"))
+        wire.send(b"x" * 1_000_000)
+        until(lambda: any(waiting.iterdir()))
+    until(lambda: not any(waiting.iterdir()))
+    assert volume.files() == set()
+
+
+def test_what_a_killed_nginx_was_writing_is_removed_at_the_next_start(volume: Volume) -> None:
+    assert call(volume.port, "PUT", "/sv07/aa/bb/kept", b"value").status == 201
+    with Wire(volume.port) as wire:
+        wire.send(request("PUT", "/sv07/aa/bb/x", b"", "Content-Length: 9000000\r\n"))
+        wire.send(b"x" * 1_000_000)
+        until(lambda: any((volume.folder / "sv07/.tmp").iterdir()))
+        volume.kill()
+    assert any((volume.folder / "sv07/.tmp").iterdir())
+    volume.start()
+    assert not any((volume.folder / "sv07/.tmp").iterdir())
+    assert call(volume.port, "GET", "/sv07/aa/bb/kept").body == b"value"
+
+
+def test_a_volume_keeps_connections_for_thousands_of_requests(volume: Volume) -> None:
+    with Wire(volume.port) as wire:
+        for _ in range(1500):  # nginx ends them after 1000, unless told
+            wire.send(request("GET", "/sv00/aa/bb/x"))
+            assert wire.answer().status == 404
+
+
+def test_volume_sh_says_what_is_wrong(tmp_path: Path) -> None:
+    assert "usage" in run_volume_sh()
+    assert "usage" in run_volume_sh(tmp_path / "a", tmp_path / "b")
+    for number in ("0", "257", "-1", "x", "1.5", "10 10"):
+        assert "SUBVOLUMES" in run_volume_sh(tmp_path / "volume", SUBVOLUMES=number)
+    for port in ("0", "65536", "x"):
+        assert "PORT" in run_volume_sh(tmp_path / "volume", PORT=port)
+    (tmp_path / "file").write_bytes(b"")
+    assert str(tmp_path / "file") in run_volume_sh(tmp_path / "file", PORT=str(free_ports(1)[0]))
+
+
+def test_volume_sh_says_that_the_port_is_taken(volume: Volume, tmp_path: Path) -> None:
+    port = str(volume.port)
+    assert port in run_volume_sh(tmp_path / "other", PORT=port, HOST="127.0.0.1")
+    assert port in run_volume_sh(tmp_path / "other", PORT=port)
+
+
+def without_nginx(folder: Path) -> dict[str, str]:
+    """The project's files in a folder, and an environment for them in which nginx is not found."""
+    for name in ("mkv.py", "volume.sh", "nginx.conf.tmpl"):
+        text = (HERE / name).read_text().replace("/usr/sbin", "/nowhere")
+        (folder / name).write_text(text.replace("/usr/local/sbin", "/nowhere"))
+        (folder / name).chmod(0o755)
+    tools = folder / "tools"
+    tools.mkdir()
+    for name in (
+        "bash",
+        "dirname",
+        "readlink",
+        "mkdir",
+        "stat",
+        "id",
+        "chown",
+        "rm",
+        "sed",
+        "grep",
+    ):
+        (tools / name).symlink_to(shutil.which(name))
+    return {"PATH": str(tools)}
+
+
+def test_volume_sh_says_that_nginx_is_missing(tmp_path: Path) -> None:
+    env = without_nginx(tmp_path)
+    said = run_volume_sh(tmp_path / "volume", script=tmp_path / "volume.sh", **env)
+    assert "nginx is not installed" in said
+
+
+@contextlib.contextmanager
+def foreign_folder() -> Iterator[Path]:
+    """A folder of the user nobody, where it can be reached."""
+    folder = Path(tempfile.mkdtemp(dir="/tmp"))
+    try:
+        folder.chmod(0o755)
+        shutil.chown(folder, "nobody", "nogroup")
+        yield folder
+    finally:
+        shutil.rmtree(folder)
+
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can be others")
+
+
+@pytest.mark.parametrize("user", [None, pytest.param("nobody", marks=needs_root)])
+def test_a_volume_works_for_any_user_and_leaves_no_process_behind(user: str | None) -> None:
+    with foreign_folder() if user else tempfile.TemporaryDirectory() as base:
+        folder, (port,) = Path(base), free_ports(1)
+        for name in ("volume.sh", "nginx.conf.tmpl"):
+            shutil.copy(HERE / name, folder / name)
+        env = os.environ | {"PORT": str(port), "HOST": "127.0.0.1"}
+        command = [folder / "volume.sh", folder / "volume"]
+        who = {"user": user, "group": "nogroup", "extra_groups": ()} if user else {}
+        with subprocess.Popen(command, env=env, start_new_session=True, **who) as process:
+            until(lambda: accepts(port))
+            assert call(port, "PUT", "/sv00/aa/bb/x", b"value").status == 201
+            assert call(port, "PUT", "/sv01/aa/bb/x", b"x" * 1_000_000).status == 201
+            assert call(port, "GET", "/sv00/aa/bb/x").body == b"value"
+            assert call(port, "DELETE", "/sv00/aa/bb/x").status == 204
+            process.terminate()
+            assert process.wait(20) == 0
+        assert group_is_gone(process.pid)
+        assert not accepts(port)
+        assert {path.owner() for path in (folder / "volume").rglob("*")} == {folder.owner()}
+
+
+@needs_root
+def test_the_workers_of_a_volume_started_by_root_are_its_owner() -> None:
+    with foreign_folder() as folder:
+        volume = Volume(folder, *free_ports(1))
+        try:
+            assert call(volume.port, "PUT", "/sv00/aa/bb/x", b"x" * 1_000_000).status == 201
+            workers = until(volume.workers)
+            assert {Path(f"/proc/{pid}").owner() for pid in workers} == {"nobody"}
+            files = [folder / "sv00/aa", folder / "sv00/aa/bb", folder / "sv00/aa/bb/x"]
+            assert {path.owner() for path in files} == {"nobody"}
+            assert not [path for path in files if path.stat().st_mode & stat.S_IWOTH]
+        finally:
+            volume.kill()
+
+
+# --- the command line -----------------------------------------------------------------------------
+
+
+def accepts(port: int) -> bool:
+    """Whether somebody listens."""
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def error_of(*args: str | Path, folder: Path, **options: Any) -> str:
+    """What `mkv.py` says before it ends with exit code 2: one line."""
+    command = [sys.executable, options.pop("script", HERE / "mkv.py"), *args]
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, cwd=folder, stdout=pipe, stderr=pipe, text=True, **options)
+    try:
+        out, said = process.communicate(timeout=20)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # not kill: volumes of its own would stay
+        out, said = process.communicate(timeout=20)
+    assert (process.returncode, out) == (2, ""), (out, said)
+    assert said.count("\n") == 1, said
+    return said
+
+
+ONE = ("-volumes", "127.0.0.1:1", "-replicas", "1", "-bind", "127.0.0.1")
+
+
+def test_mistakes_in_the_flags_take_one_line(tmp_path: Path) -> None:
+    says = functools.partial(error_of, folder=tmp_path)
+    assert "-nonsense" in says("server", "-nonsense")
+    assert "--nonsense" in says("--nonsense", "server")
+    for wrong in ("1x", "x", "", "1", "-1s", "1s2", "1 s"):
+        assert "voltimeout" in says("server", *ONE, f"-voltimeout={wrong}")
+    assert "md5sum" in says("server", "-md5sum", "maybe")
+    assert "volumes" in says("server", "-volumes", "nonsense")
+    assert "volumes" in says("server", "-volumes", "a:1,a:1", "-replicas", "1")
+    assert "port" in says("server", *ONE, "-port", "70000")
+    assert "port" in says("server", *ONE, "-port", "x")
+    assert "subvolumes" in says("server", *ONE, "-subvolumes", "257")
+    assert "nonsense" in says("nonsense")
+    assert says()
+    assert not any(tmp_path.iterdir())
+
+
+def test_fewer_volumes_than_replicas_take_one_line(tmp_path: Path) -> None:
+    assert "replicas" in error_of("server", "-volumes", "a:1,b:2", folder=tmp_path)
+    assert "replicas" in error_of("-replicas=2", "-volumes", "a:1", "server", folder=tmp_path)
+
+
+def test_a_port_in_use_takes_one_line(tmp_path: Path) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        assert port in error_of("server", *ONE, "-port", port, "-db", "index", folder=tmp_path)
+
+
+def test_a_port_is_not_shared_with_a_server_of_another_index(
+    cluster: Callable[..., Cluster], tmp_path: Path
+) -> None:
+    system = cluster("-replicas", "1", volumes=1)
+    port = str(system.server.port)
+    assert port in error_of("server", *ONE, "-port", port, "-db", "other", folder=tmp_path)
+
+
+def test_an_unreadable_db_takes_one_line(tmp_path: Path) -> None:
+    says = functools.partial(error_of, "server", *ONE, folder=tmp_path)
+    port = str(free_ports(1)[0])
+    (tmp_path / "file").write_bytes(b"no folder")
+    assert "file" in says("-port", port, "-db", "file")
+    assert "file" in says("-port", port, "-db", "file/index")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken/data.mdb").write_bytes(b"no database" * 1000)
+    assert "broken" in says("-port", port, "-db", "broken")
+
+
+def test_too_little_address_space_takes_one_line(tmp_path: Path) -> None:
+    said = error_of(
+        *("server", *ONE, "-port", str(free_ports(1)[0]), "-db", "index"),
+        folder=tmp_path,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30)),
+    )
+    assert "address space" in said
+
+
+def descendants(pid: int) -> set[int]:
+    """The processes under a process."""
+    found, parents = set(), {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
+    while new := {child for child, parent in parents.items() if parent in found | {pid}} - found:
+        found |= new
+    return found
+
+
+DEMO_PORTS = (3000, 3001, 3002, 3003)
+
+
+def demo_ports_are_free() -> bool:
+    return not any(map(accepts, DEMO_PORTS))
+
+
+@contextlib.contextmanager
+def demo(folder: Path) -> Iterator[subprocess.Popen]:
+    """`mkv.py server` without any flag, once it answers."""
+    until(demo_ports_are_free, 60)
+    with (folder / "out").open("wb") as out:
+        command = [sys.executable, HERE / "mkv.py", "server"]
+        process = subprocess.Popen(command, cwd=folder, stdout=out, stderr=subprocess.STDOUT)
+    try:
+
+        def ready() -> bool:
+            assert process.poll() is None, (folder / "out").read_text()
+            return accepts(3000) and "curl" in (folder / "out").read_text()
+
+        until(ready)
+        yield process
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            process.wait(30)
+
+
+def test_the_demo_prints_three_curl_lines_that_work(tmp_path: Path) -> None:
+    with demo(tmp_path):
+        until(lambda: (tmp_path / "out").read_text().count("curl") >= 3)
+        text = (tmp_path / "out").read_text()
+        lines = [line.strip() for line in text.splitlines() if line.strip().startswith("curl ")]
+        assert len(lines) == 3
+        if not shutil.which("curl"):
+            pytest.skip("curl is not installed")
+        for line in lines:
+            command = ["bash", "-c", line.replace("curl ", "curl -sS --fail ", 1)]
+            ended = subprocess.run(
+                command, capture_output=True, text=True, timeout=30, cwd=tmp_path
+            )
+            assert ended.returncode == 0 and ended.stderr == "", (line, ended)
+    assert (tmp_path / "mkv-data").is_dir()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_demo_stops_everything(tmp_path: Path, number: int) -> None:
+    with demo(tmp_path) as process:
+        assert all(map(accepts, DEMO_PORTS))
+        assert call(3000, "PUT", "/wehave", b"bigswag").status == 201
+        assert call(3000, "GET", "/wehave").status == 302
+        family = descendants(process.pid)
+        assert len(family) >= 6  # three masters, each with a worker
+        process.send_signal(number)
+        assert process.wait(30) == 0
+        assert not any(map(accepts, DEMO_PORTS))
+        assert not [pid for pid in family if Path(f"/proc/{pid}").exists()]
+    with demo(tmp_path):  # what was stored is there the next time
+        assert until(lambda: call(3000, "GET", "/wehave").status == 302)
+
+
+@pytest.mark.parametrize("port", DEMO_PORTS)
+def test_the_demo_says_in_one_line_that_a_port_is_taken(tmp_path: Path, port: int) -> None:
+    until(demo_ports_are_free, 60)
+    with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        other.bind(("127.0.0.1", port))
+        other.listen()
+        assert str(port) in error_of("server", folder=tmp_path)
+    assert demo_ports_are_free()
+
+
+def test_the_demo_says_in_one_line_that_nginx_is_missing(tmp_path: Path) -> None:
+    until(demo_ports_are_free, 60)
+    env = os.environ | without_nginx(tmp_path)
+    said = error_of("server", folder=tmp_path, script=tmp_path / "mkv.py", env=env)
+    assert "nginx is not installed" in said
+
+
+# --- the main job ---------------------------------------------------------------------------------
+
+
+def test_all_documents_and_python_modules_are_stored_listed_read_and_deleted(
+    cluster: Callable[..., Cluster],
+) -> None:
+    roots = (Path("/usr/share/doc"), Path("/usr/lib/python3"))
+    paths = [path for root in roots for path in root.rglob("*") if not path.is_symlink()]
+    paths = [path for path in paths if path.is_file() and path.stat().st_size]
+    assert len(paths) > 100
+    system = cluster("-voltimeout", "3s")  # disks stall
+    kept = threading.local()
+
+    def ask(port: int, method: str, path: str, body: bytes | None = None) -> Reply:
+        """A request on a connection that each thread keeps."""
+        connections = kept.__dict__.setdefault("connections", {})
+        if port not in connections:
+            connections[port] = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+            connections[port].connect()
+            connections[port].sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connections[port].request(method, path, body)
+        answer = connections[port].getresponse()
+        return Reply(answer.status, dict(answer.getheaders()), answer.read())
+
+    def store(path: Path) -> int:
+        return ask(system.server.port, "PUT", quote(bytes(path)), path.read_bytes()).status
+
+    def survives(path: Path) -> bool:
+        location = ask(system.server.port, "GET", quote(bytes(path))).fields["Location"]
+        port, _, target = location.removeprefix("http://127.0.0.1:").partition("/")
+        value = ask(int(port), "GET", "/" + target)
+        assert value.status == 200
+        return hashlib.sha256(value.body).digest() == hashlib.sha256(path.read_bytes()).digest()
+
+    def delete(path: Path) -> int:
+        return ask(system.server.port, "DELETE", quote(bytes(path))).status
+
+    with ThreadPoolExecutor(8) as pool:
+        assert set(pool.map(store, paths)) == {201}
+        assert listed(system.server, "/?list")[0] == sorted(map(str, paths), key=str.encode)
+        assert len(system.files()) == 3 * len(paths)
+        assert all(pool.map(survives, paths))
+        assert set(pool.map(delete, paths)) == {204}
+    assert listed(system.server, "/?list")[0] == []
+    until(system.journal_is_empty)
+    assert system.files() == set()
+
+
+if __name__ == "__main__":
+    sys.exit(pytest.main([__file__, *sys.argv[1:]]))

@@ -1,0 +1,44 @@
+#!/usr/bin/env bash
+# One volume: nginx in the foreground, serving a folder. PORT=3001 ./volume.sh /data/volume1
+# PORT (3001), HOST (all interfaces), SUBVOLUMES (10: sv00 to sv09, each of which may be a mount).
+set -euo pipefail
+PORT=${PORT:-3001} HOST=${HOST:-} SUBVOLUMES=${SUBVOLUMES:-10}
+die() { echo "volume.sh: $*" >&2; exit 2; }
+
+[ $# = 1 ] || die "usage: PORT=3001 ./volume.sh /data/volume1"
+[[ $PORT =~ ^[0-9]+$ && $PORT -ge 1 && $PORT -le 65535 ]] || die "PORT=$PORT is not a port"
+[[ $SUBVOLUMES =~ ^[0-9]+$ && $SUBVOLUMES -ge 1 && $SUBVOLUMES -le 256 ]] || die "SUBVOLUMES is 1 to 256"
+PATH=$PATH:/usr/sbin:/usr/local/sbin
+command -v nginx >/dev/null || die "nginx is not installed (apt-get install nginx)"
+(: <"/dev/tcp/${HOST:-127.0.0.1}/$PORT") 2>/dev/null && die "port $PORT is taken"
+
+template=$(<"$(dirname "$(readlink -f "$0")")/nginx.conf.tmpl")
+mkdir -p "$1" 2>/dev/null || die "cannot make $1"
+root=$(readlink -f "$1")
+[[ $root =~ ^[A-Za-z0-9_./+@%=-]+$ ]] || die "a path without blanks and quotes, please: $root"
+mkdir -p "$root/.nginx" 2>/dev/null || die "cannot write to $root"
+
+# The workers of a root-started nginx are the folder's owner, so that no folder is open to everybody.
+owner=$(stat -c %U "$root") group=$(stat -c %G "$root") user=
+[ "$(id -u)" != 0 ] || user="user $owner $group;"
+chown "$owner:$group" "$root/.nginx"
+
+# Uploads are written to .tmp on the drive they are for. What a killed nginx left there is garbage.
+drive() {
+  rm -rf "$1/.tmp" 2>/dev/null
+  mkdir -p "$1/.tmp" 2>/dev/null && chown "$owner:$group" "$1" "$1/.tmp" && [ -w "$1/.tmp" ]
+}
+drive "$root" || die "cannot write to $root"
+block=$(sed -n 's/^#SUBVOLUME//p' <<<"$template") subvolumes=
+for ((i = 0; i < SUBVOLUMES && SUBVOLUMES > 1; i++)); do
+  sv=$(printf sv%02X "$i")
+  if drive "$root/$sv"; then subvolumes+=${block//@SV@/$sv}$'\n'
+  else echo "volume.sh: cannot write to $root/$sv: it is left out and answers 503" >&2; fi
+done
+
+config=$(grep -v '^#' <<<"$template")
+config=${config//@SUBVOLUMES@/$subvolumes}
+config=${config//@USER@/$user}
+config=${config//@LISTEN@/${HOST:+$HOST:}$PORT}
+printf '%s\n' "${config//@ROOT@/$root}" >"$root/.nginx/nginx.conf"
+exec nginx -p "$root/.nginx" -e stderr -c "$root/.nginx/nginx.conf"
