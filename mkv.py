@@ -50,8 +50,7 @@ HEAD_TIME, IDLE_TIME, LINGER_TIME = 10, 60, 5  # seconds for a head, between two
 BODY_TIME, BODY_RATE = 60, 1024  # seconds for which a body may bring fewer bytes a second than that
 READ_AHEAD, WRITE_AHEAD = 1 << 18, 1 << 20  # bytes held for a reader, or a volume, before a pause
 SMALL = 1 << 16  # bytes up to which a value is held, and sent again if need be
-MAP_SIZE = 1 << 40  # bytes of address space for LMDB, whose file grows only as needed
-DRAIN_TIME = 10  # seconds that SIGTERM leaves to what is in hand
+MAP_SIZE, DRAIN_TIME = 1 << 40, 10  # address space for LMDB; seconds that SIGTERM leaves to work
 Pieces = AsyncIterator[bytes]  # a value on its way
 
 
@@ -597,7 +596,8 @@ class Volumes:  # an answer from a location makes it trusted for `timeout` secon
         try:
             async with asyncio.timeout(10 * self.patience if body else self.patience):
                 link = idle.pop() if pooled else await self.connect(location)
-                link.writer.write(request_head(method, location, path, len(body)) + body)
+                head = request_head(method, location, path, f"Content-Length: {len(body)}")
+                link.writer.write(head + body)
                 return await self.hear(link, method, location)
         except TROUBLE as error:
             if (
@@ -618,7 +618,7 @@ class Volumes:  # an answer from a location makes it trusted for `timeout` secon
         elif status != 404:
             self.trusted.pop(location, None)
         link.heard = False
-        if fields.get(b"connection") == b"close" or len(self.idle[link.volume]) > 99:
+        if fields.get(b"connection") == b"close" or len(self.idle[link.volume]) > 15:
             link.writer.close()
         else:
             self.idle[link.volume].append(link)
@@ -632,12 +632,13 @@ class Volumes:  # an answer from a location makes it trusted for `timeout` secon
 
     def distrust(self, volume: str) -> None:
         """Ask all its locations before the next redirect to them."""
-        kept = {p: until for p, until in self.trusted.items() if p.partition("/")[0] != volume}
-        self.trusted = kept
+        self.trusted = {p: t for p, t in self.trusted.items() if p.partition("/")[0] != volume}
 
     async def write(self, path: str, places: list, length: int | None, body: Pieces) -> tuple:
         """PUT a body to all places in one pass: statuses, size, md5. Raises what it raises."""
         size, md5, statuses, links = 0, hashlib.md5(), {}, {}
+        framing = f"Content-Length: {length}" if length else "Transfer-Encoding: chunked"
+        framing += "\r\nConnection: close"
         if length and length <= SMALL:
             data = b"".join([piece async for piece in body])
             puts = [self.request("PUT", place, path, data) for place in places]
@@ -649,7 +650,7 @@ class Volumes:  # an answer from a location makes it trusted for `timeout` secon
                 async with asyncio.timeout(10 * self.patience):
                     if place not in links:
                         links[place] = await self.connect(place)
-                        links[place].writer.write(request_head("PUT", place, path, length))
+                        links[place].writer.write(request_head("PUT", place, path, framing))
                     if data is None:  # all is sent
                         statuses[place] = await self.hear(links[place], "PUT", place)
                         del links[place]
@@ -683,10 +684,9 @@ class Volumes:  # an answer from a location makes it trusted for `timeout` secon
             self.probes[location].add_done_callback(lambda _: self.probes.pop(location))
 
 
-def request_head(method: str, location: str, path: str, length: int | None) -> bytes:
-    """The head of a request to a volume; its body has `length` bytes, or is chunked (None)."""
+def request_head(method: str, location: str, path: str, framing: str) -> bytes:
+    """The head of a request to a volume."""
     volume, slash, folder = location.partition("/")
-    framing = f"Content-Length: {length}" if length is not None else "Transfer-Encoding: chunked"
     head = f"{method} {slash}{folder}{path} HTTP/1.1\r\nHost: {volume}\r\n{framing}\r\n\r\n"
     return head.encode()
 
@@ -854,8 +854,10 @@ class Store:  # an index, volumes, and the flags that say how to use them
         """For ever: delete garbage older than `grace`, evict the dead, end idle connections. Until
         `settle` has passed, 404 does not prove a file gone: it is asked for again, ever later.
         """
-        grace, last = self.flags.grace, 0.0
+        grace, last, owners = self.flags.grace, 0.0, set()
         while True:
+            with contextlib.suppress(HTTPError):  # the index is full: later
+                await self.index.evict_dead(owners)
             owners, now, called = set(), time.time(), time.monotonic()
             for rows in self.index.walk(self.index.journal):
                 work = []
@@ -869,8 +871,6 @@ class Store:  # an index, volumes, and the flags that say how to use them
                         work.append(self.erase(key, entry.replicas, (204, 404)[: 1 + final]))
                 for start in range(0, len(work), 32):
                     await asyncio.gather(*work[start : start + 32])
-            with contextlib.suppress(HTTPError):  # the index is full: later
-                await self.index.evict_dead(owners)
             self.index.env.reader_check()  # a reader that was killed pins old pages
             for connection in list(self.connections):
                 if not connection.task and called - connection.started > IDLE_TIME:
@@ -959,8 +959,8 @@ async def serve(flags: argparse.Namespace, index: Index, listener: socket.socket
     loop, stop, store = asyncio.get_running_loop(), asyncio.Event(), Store(flags, index)
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.set)
+    jobs = [asyncio.create_task(job) for job in (store.sweep(), stop.wait())]  # it evicts first
     server = await loop.create_server(lambda: Connection(store), sock=listener, backlog=4096)
-    jobs = [asyncio.create_task(job) for job in (store.sweep(), stop.wait())]
     done, _ = await asyncio.wait(jobs, return_when=asyncio.FIRST_COMPLETED)
     await asyncio.gather(*done)  # raises what ended the sweeper
     server.close()
