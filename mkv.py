@@ -552,7 +552,7 @@ class Connection(Wire):  # of a client; what takes no waiting is answered on arr
 # The client of the volumes: pooled keep-alive connections, and trust in those that have answered.
 # That a volume does not answer is no exception, but status 0.
 
-TROUBLE = (OSError, EOFError, HTTPError)  # with a volume; a TimeoutError is an OSError
+TROUBLE = OSError, EOFError, HTTPError, RuntimeError  # a timeout is the first, uvloop's the last
 
 
 class Link(Wire):  # to a volume, for one request at a time
@@ -578,6 +578,7 @@ class Volumes:  # an answer from a location makes it trusted for `timeout` secon
         self.timeout, self.patience = timeout, timeout or 1.0
         self.idle: dict[str, list[Link]] = defaultdict(list)
         self.trusted: dict[str, float] = {}  # location → until when (monotonic)
+        self.down: set[str] = set()  # volumes that failed to answer when last asked
         self.probes: dict[str, asyncio.Task] = {}  # under way, by location
 
     async def connect(self, location: str) -> Link:
@@ -610,6 +611,7 @@ class Volumes:  # an answer from a location makes it trusted for `timeout` secon
         """The status of an answer; it renews trust, or ends it. TROUBLE if it cannot be read."""
         first, fields, length = parse_head(await read_lines(link.reader), STATUS)
         status = int(first[1])
+        self.down.discard(link.volume)
         if method != "HEAD" and status != 204:
             async for _ in read_body(link.reader, length, self.patience):
                 pass  # an error page
@@ -626,6 +628,7 @@ class Volumes:  # an answer from a location makes it trusted for `timeout` secon
 
     def lost(self, location: str, link: Link | None) -> int:
         self.distrust(location.partition("/")[0])
+        self.down.add(location.partition("/")[0])
         if link:
             link.writer.transport.abort()  # of an upload that is cut short nginx keeps nothing
         return 0
@@ -725,21 +728,20 @@ class Store:  # an index, volumes, and the flags that say how to use them
 
     def get(self, key: bytes, path: bytes) -> bytes | Coroutine:
         """302 to a trusted replica, picked at random; trust that ran out is renewed on the side."""
-        text, now, ready, stale = self.index.get(key), time.monotonic(), [], []
+        text, now = self.index.get(key), time.monotonic()
         redirects = self.redirects(key, text) if text else ()
         if not redirects:
             if not self.flags.fallback:
                 return refusal(HTTPError(404, "no such key"))
             target = quote(path, safe="%/:@!$&'()*+,;=~")  # as it was sent, but ASCII
             return response(302, f"Location: http://{self.flags.fallback}{target}\r\n")
-        for location, file, answer in redirects:
-            left = self.volumes.trusted.get(location, 0) - now
-            ready += [answer] if left > 0 else []
-            stale += [(location, file)] if left < self.volumes.timeout / 4 else []
+        trust = [(self.volumes.trusted.get(each[0], 0) - now, each) for each in redirects]
+        ready = [answer for left, (_, _, answer) in trust if left > 0]
         if not ready:
             return self.find(key, path, text)
-        for location, file in stale:
-            self.volumes.probe(location, file)
+        for left, (location, file, _) in trust:
+            if left < self.volumes.timeout / 4:
+                self.volumes.probe(location, file)
         return random.choice(ready)
 
     def make_redirects(self, key: bytes, text: bytes) -> list[tuple[str, str, bytes]]:
@@ -754,14 +756,15 @@ class Store:  # an index, volumes, and the flags that say how to use them
         return [(*f, a) for f, a in zip(files, answers, strict=True) if not record.deleted]
 
     async def find(self, key: bytes, path: bytes, text: bytes) -> bytes | Coroutine:
-        """GET when no replica is trusted: ask all of them."""
+        """GET when no replica is trusted: ask all of them, the first that is there will do."""
         redirects = self.redirects(key, text)
-        questions = [self.volumes.request("HEAD", place, file) for place, file, _ in redirects]
-        statuses = await asyncio.gather(*questions)
-        for status, (_, _, answer) in zip(statuses, redirects, strict=True):
-            if status == 200:
-                return answer
-        require(set(statuses) == {404}, 503, "no replica can be reached")
+        tasks = [asyncio.create_task(self.volumes.request("HEAD", p, f)) for p, f, _ in redirects]
+        for asked in asyncio.as_completed(tasks):
+            await asked
+            for task, (_, _, answer) in zip(tasks, redirects, strict=True):
+                if task.done() and task.result() == 200:
+                    return answer
+        require({task.result() for task in tasks} == {404}, 503, "no replica can be reached")
         require(self.index.get(key) != text, 404, "the volumes have no such file")
         return self.get(key, path)  # deleted or moved while we asked: once more
 
@@ -845,16 +848,15 @@ class Store:  # an index, volumes, and the flags that say how to use them
         values |= {"received_bytes_total": self.received, "event_loop_lag_seconds": self.lag}
         rows = {"keys": self.index.keys, "journal_entries": self.index.journal}
         values |= {name: self.index.count(table) for name, table in rows.items()}
-        up = {location.partition("/")[0] for location in self.volumes.trusted}
-        values |= {"volumes": len(self.flags.volumes), "volumes_up": len(up)}
-        values |= {"connections": len(self.connections)}
+        values |= {"connections": len(self.connections), "volumes": len(self.flags.volumes)}
+        values |= {"volumes_up": len(self.flags.volumes) - len(self.volumes.down)}
         return "".join(f"mkv_{name} {value}\n" for name, value in sorted(values.items())).encode()
 
     async def sweep(self) -> None:
         """For ever: delete garbage older than `grace`, evict the dead, end idle connections. Until
         `settle` has passed, 404 does not prove a file gone: it is asked for again, ever later.
         """
-        grace, last, owners = self.flags.grace, 0.0, set()
+        grace, last, owners = max(self.flags.grace, 0.01), 0.0, set()
         while True:
             with contextlib.suppress(HTTPError):  # the index is full: later
                 await self.index.evict_dead(owners)
@@ -924,7 +926,6 @@ def parse_flags(parser: argparse.ArgumentParser) -> argparse.Namespace:
     flags.demo = () if flags.volumes else (3001, 3002, 3003)
     flags.bind = flags.bind or ("127.0.0.1" if flags.demo else "0.0.0.0")
     flags.volumes = flags.volumes or tuple(f"127.0.0.1:{port}" for port in flags.demo)
-    flags.grace = max(flags.grace, 0.01)
     for name, most in ("port", 65535), ("subvolumes", 256), ("replicas", len(flags.volumes)):
         if not 1 <= getattr(flags, name) <= most:
             parser.error(f"-{name} is 1 to {most}")
@@ -987,9 +988,9 @@ def main() -> None:
         parser.error(f"cannot use -db {flags.db} and -port {flags.port}: {error}")
     with own_volumes(flags):
         at, names = f"http://{flags.bind}:{flags.port}", ", ".join(flags.volumes)
-        tries = f"curl -X PUT -d bigswag {at}/wehave\ncurl -L {at}/wehave\ncurl '{at}/?list'\n"
-        print(f"mkv is at {at}, its index in {flags.db}, its volumes at {names}")
-        print(tries if flags.demo else "", end="", flush=True)
+        print(f"mkv is at {at}, its index in {flags.db}, its volumes at {names}", flush=True)
+        if flags.demo:
+            print(f"curl -X PUT -d swag {at}/key\ncurl -L {at}/key\ncurl '{at}/?list'", flush=True)
         uvloop.run(serve(flags, index, listener))
     index.close()
 

@@ -14,6 +14,7 @@ import hashlib
 import http.client
 import itertools
 import json
+import math
 import os
 import random
 import re
@@ -2570,6 +2571,1169 @@ def test_all_documents_and_python_modules_are_stored_listed_read_and_deleted(
     assert listed(system.server, "/?list")[0] == []
     until(system.journal_is_empty)
     assert system.files() == set()
+
+
+# --- harness --------------------------------------------------------------------------------------
+
+
+MB = 1 << 20
+
+
+Make = Callable[..., Cluster]
+
+
+def holds(condition: Callable[[], Any], seconds: float) -> None:
+    """That something does not come to pass can only be watched for a while."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        assert condition(), f"no longer so: {condition}"
+        time.sleep(0.02)
+
+
+def blob(name: str, size: int) -> bytes:
+    """Bytes that no other name has."""
+    return (hashlib.sha256(name.encode()).digest() * (size // 32 + 1))[:size]
+
+
+class Upload:
+    """A PUT whose body is sent piece by piece."""
+
+    def __init__(self, port: int, path: str, length: int, fields: str = "") -> None:
+        self.wire = socket.create_connection(("127.0.0.1", port), timeout=60)
+        head = f"PUT {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {length}\r\n{fields}\r\n"
+        self.wire.sendall(head.encode())
+
+    def send(self, data: bytes) -> None:
+        self.wire.sendall(data)
+
+    def answer(self) -> int:
+        """The status."""
+        response = http.client.HTTPResponse(self.wire)
+        response.begin()
+        response.read()
+        self.wire.close()
+        return response.status
+
+    def vanish(self) -> None:
+        """Go away with a reset."""
+        self.wire.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        self.wire.close()
+
+
+class Client:
+    """One keep-alive connection, made when needed; a connection that breaks is an OSError."""
+
+    def __init__(self, port: int, timeout: float = 60) -> None:
+        self.wire = http.client.HTTPConnection("127.0.0.1", port, timeout=timeout)
+
+    def call(self, method: str, path: str, body: bytes | None = None) -> Reply:
+        try:
+            self.wire.request(method, path, body=body)
+            answer = self.wire.getresponse()
+            data = answer.read()
+        except (OSError, http.client.HTTPException) as error:
+            self.wire.close()
+            raise error if isinstance(error, OSError) else ConnectionError(repr(error)) from error
+        return Reply(answer.status, {k.lower(): v for k, v in answer.getheaders()}, data)
+
+
+def follow(reply: Reply, timeout: float = 60) -> Reply | None:
+    """What the target of a redirect answers; None when it does not."""
+    port, _, path = reply.fields["location"].removeprefix("http://127.0.0.1:").partition("/")
+    try:
+        return Client(int(port), timeout).call("GET", "/" + path)
+    except OSError:
+        return None
+
+
+def read(server: Server, path: str, seconds: float = 20) -> bytes | None:
+    """The value, for a client that asks again when the redirect target refuses; None: 404."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        reply = server.call("GET", path)
+        if reply.status == 404:
+            return None
+        found = follow(reply, 1) if reply.status == 302 else None
+        if found and found.status == 200:
+            return found.body
+        time.sleep(0.01)
+    raise AssertionError(f"{path} cannot be read: {reply}")
+
+
+def volume_of(location: str) -> str:
+    """host:port of host:port/svXX."""
+    return location.partition("/")[0]
+
+
+def volume_at(system: Cluster, location: str) -> Volume:
+    """The volume of a location."""
+    return next(v for v in system.volumes if v.name == volume_of(location))
+
+
+def drive_at(system: Cluster, location: str) -> Path:
+    """The folder of a location."""
+    return volume_at(system, location).folder / location.partition("/")[2]
+
+
+def ideal(system: Cluster, path: str, count: int = 3) -> list[str]:
+    """The first locations of the ranking."""
+    names = [volume.name for volume in system.volumes]
+    return mkv.key2volume(path.encode(), names, count, system.subvolumes)
+
+
+def copies(system: Cluster, path: str) -> dict[str, bytes]:
+    """The bytes of each replica on disk, by location."""
+    key, record = path.encode(), system.tables()[0][path.encode()]
+    return {
+        r.location: Path(
+            str(drive_at(system, r.location)) + mkv.key2path(key, r.write_id)
+        ).read_bytes()
+        for r in record.replicas
+    }
+
+
+def assert_copies(system: Cluster, path: str, value: bytes, count: int = 3) -> list[str]:
+    """That a key has so many whole copies on as many volumes; their volumes."""
+    found = copies(system, path)
+    assert len({volume_of(location) for location in found}) == len(found) == count, found.keys()
+    assert all(copy == value for copy in found.values()), path
+    return [volume_of(location) for location in found]
+
+
+def descriptors(server: Server) -> int:
+    """How many files and sockets a server has open."""
+    return len(list(Path(f"/proc/{server.process.pid}/fd").iterdir()))
+
+
+def cpu(server: Server) -> float:
+    """Seconds of CPU time that a server has used."""
+    fields = Path(f"/proc/{server.process.pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def owned(system: Cluster) -> int:
+    """How many claims there are."""
+    return sum(bool(entry.owner) for entry in system.tables()[1].values())
+
+
+def restart(system: Cluster) -> Server:
+    """kill -9 of the server, and the same again."""
+    system.server.kill()
+    system.server.start()
+    return system.server
+
+
+def shell(*command: str) -> None:
+    subprocess.run(command, check=True, capture_output=True)
+
+
+@pytest.fixture
+def mounts(cluster: Make) -> Iterator[Callable[..., None]]:
+    """Mounts for the time of a test, undone before its cluster is; skips where it may not mount."""
+    done = []
+
+    def mount(folder: Path, *options: str) -> None:
+        try:
+            shell("mount", *options, str(folder))
+        except subprocess.CalledProcessError as error:
+            pytest.skip(f"needs to mount: {error.stderr.decode().strip()}")
+        done.append(folder)
+
+    yield mount
+    for folder in reversed(done):
+        subprocess.run(["umount", "-l", str(folder)], check=False, capture_output=True)
+
+
+def ail(ailment: str, volume: Volume, mounts: Callable[..., None]) -> Callable[[], None]:
+    """Make a volume ill; returns what cures it."""
+    folder, away = volume.folder, volume.folder.with_name("away")
+    if ailment == "dead":
+        volume.kill()
+        return volume.start
+    if ailment == "frozen":
+        volume.freeze()
+        return volume.thaw
+    if ailment == "away":
+        folder.rename(away)
+        return lambda: away.rename(folder)
+    if ailment == "read-only":
+        mounts(folder, "--bind", str(folder))
+        shell("mount", "-o", "remount,ro,bind", str(folder))
+        return lambda: shell("mount", "-o", "remount,rw,bind", str(folder))
+    assert ailment == "full"
+    volume.kill()
+    mounts(folder, "-t", "tmpfs", "-o", "size=1m", "none")
+    volume.start()
+    filler = folder / ".nginx" / "filler"
+    with contextlib.suppress(OSError), filler.open("wb") as file:
+        while True:
+            file.write(bytes(4096))
+            file.flush()
+    return filler.unlink
+
+
+# --- writes ---------------------------------------------------------------------------------------
+
+
+def test_a_volume_dying_in_mid_upload_without_stand_in_leaves_nothing(cluster: Make) -> None:
+    system = cluster("-voltimeout", "200ms")
+    upload = Upload(system.server.port, "/big", 24 * MB)
+    upload.send(blob("half", 6 * MB))
+    temporary = drive_at(system, ideal(system, "/big")[0]) / ".tmp"
+    until(lambda: any(f.stat().st_size > MB for f in temporary.rglob("*") if f.is_file()))
+    bad = volume_at(system, ideal(system, "/big")[0])
+    bad.kill()
+    upload.send(blob("other half", 18 * MB))
+    assert upload.answer() == 503
+    assert system.server.get("/big") is None
+    bad.start()
+    until(lambda: system.server.put("/big", b"small now") == 201, 40)
+    assert_copies(system, "/big", b"small now")
+    until(system.is_clean, 40)
+
+
+def test_uploads_do_not_pile_up_connections(cluster: Make) -> None:
+    system = cluster("-replicas", "2", volumes=2, subvolumes=1)
+    server, value = system.server, blob("value", 100_000)
+    assert server.put("/warm", value) == 201
+    base = descriptors(server)
+    for number in range(100):
+        assert server.put(f"/k{number}", value) == 201
+    assert descriptors(server) <= base + 40
+
+
+def test_uploads_of_all_sizes_at_a_time_do_not_disturb_each_other(cluster: Make) -> None:
+    system = cluster("-voltimeout", "2s")
+    clients = [Handed(system.server.port, number, fresh=False) for number in range(6)]
+    try:
+        until(lambda: all(c.wrong or c.rounds >= 50 for c in clients), 60)
+    finally:
+        for client in clients:
+            client.enough.set()
+        for client in clients:
+            client.join()
+    assert [client.wrong for client in clients] == [[]] * 6
+    assert system.server.metric("mkv_volumes_up") == 3
+    until(system.is_clean)
+
+
+# --- reads ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ailments", [("dead", "dead"), ("frozen", "frozen"), ("dead", "frozen")])
+def test_reads_with_all_volumes_but_one_dead_or_frozen(
+    cluster: Make, mounts: Callable, ailments: tuple[str, str]
+) -> None:
+    system = cluster()
+    values = {f"/k{n}": blob(f"{n}", 1000 + n) for n in range(30)}
+    for path, value in values.items():
+        assert system.server.put(path, value) == 201
+        assert read(system.server, path) == value
+    cures = [ail(ailment, system.volumes[n], mounts) for n, ailment in enumerate(ailments)]
+    for path, value in values.items():
+        assert read(system.server, path) == value
+    restart(system)  # one that knows nothing of its volumes
+    for path, value in values.items():
+        assert read(system.server, path) == value
+    assert read(system.server, "/no-such-key") is None
+    for cure in cures:
+        cure()
+
+
+def test_a_frozen_volume_costs_one_timeout_and_not_one_per_request(cluster: Make) -> None:
+    system = cluster("-voltimeout", "1s", "-replicas", "2", volumes=2, subvolumes=1)
+    server, frozen = system.server, system.volumes[0]
+    paths = [f"/k{n}" for n in range(50)]
+    for path in paths:
+        assert server.put(path, b"value") == 201
+    frozen.freeze()
+    client, times = Client(server.port), []
+
+    def ask(path: str) -> str:
+        began = time.monotonic()
+        reply = client.call("GET", path)
+        times.append(time.monotonic() - began)
+        assert reply.status == 302
+        return reply.fields["location"]
+
+    chosen = itertools.cycle(paths)
+    until(lambda: frozen.name not in [ask(next(chosen)) for _ in range(50)])
+    until(lambda: ask(next(chosen)) and server.metric("mkv_volumes_up") == 1)
+    assert all(frozen.name not in ask(path) for path in paths)
+    assert len(times) >= 100
+    assert len([seconds for seconds in times if seconds > 0.5]) <= 2
+    restart(system)
+    client, times = Client(server.port), []
+    assert all(frozen.name not in ask(path) for path in paths)
+    assert len([seconds for seconds in times if seconds > 0.5]) <= 2
+    frozen.thaw()
+    until(lambda: frozen.name in [volume_of(ask(p)[7:]) for p in paths], 40)
+
+
+def test_without_voltimeout_a_removed_file_is_passed_over(cluster: Make) -> None:
+    system = cluster("-voltimeout", "0", "-replicas", "2")
+    server = system.server
+    assert server.put("/k", b"value") == 201
+    first, second = (drive_at(system, location) for location in copies(system, "/k"))
+    for drive in (first, second):
+        (file,) = [f for f in drive.rglob("*") if f.is_file() and ".nginx" not in f.parts]
+        kept = file.rename(system.folder / "kept")
+        assert [server.get("/k") for _ in range(30)] == [b"value"] * 30
+        kept.rename(file)
+    for drive in (first, second):
+        (file,) = [f for f in drive.rglob("*") if f.is_file() and ".nginx" not in f.parts]
+        file.unlink()
+    assert server.call("GET", "/k").status == 404
+
+
+@pytest.mark.parametrize("timeout", ["300ms", "0"])
+def test_a_vanished_drive_is_passed_over_and_its_garbage_kept_on_the_list(
+    cluster: Make, timeout: str
+) -> None:
+    system = cluster("-voltimeout", timeout, "-replicas", "2", volumes=3, subvolumes=3)
+    server = system.server
+    drive = ideal(system, "/kept", 2)[0]
+    paths = [f"/k{n}" for n in range(200) if drive in ideal(system, f"/k{n}", 2)]
+    for path in ["/kept", *paths]:
+        assert server.put(path, path.encode()) == 201
+    folder, away = drive_at(system, drive), system.folder / "away"
+    folder.rename(away)
+    assert read(server, "/kept") == b"/kept"
+
+    def is_passed_over() -> bool:
+        targets = [server.call("GET", path).fields.get("location", "") for path in paths]
+        return not any(target.startswith(f"http://{drive}/") for target in targets)
+
+    until(is_passed_over)
+    holds(lambda: all(server.get(path) == path.encode() for path in ["/kept", *paths[:5]]), 1)
+    for path in paths:
+        assert server.call("DELETE", path).status == 204
+        assert server.get(path) is None
+
+    def listed() -> int:
+        entries = system.tables()[1].values()
+        return sum(r.location == drive for entry in entries for r in entry.replicas)
+
+    until(lambda: len(system.files()) == 1)  # the other replica of /kept
+    holds(lambda: listed() == len(paths), 1.5)  # several times -settle and -grace
+    away.rename(folder)
+    until(system.is_clean, 60)
+    assert server.get("/kept") == b"/kept"
+    assert len(system.files()) == 2
+
+
+# --- deletes --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ailment", ["dead", "frozen", "away"])
+def test_delete_does_not_wait_for_volumes_that_are_down(
+    cluster: Make, mounts: Callable, ailment: str
+) -> None:
+    system = cluster(subvolumes=1)
+    server, bad = system.server, system.volumes[0]
+    paths = [f"/k{n}" for n in range(12)]
+    for path in paths:
+        assert server.put(path, b"old") == 201
+    cure = ail(ailment, bad, mounts)
+    began = time.monotonic()
+    for path in paths:
+        assert server.call("DELETE", path).status == 204
+        assert server.get(path) is None
+    assert time.monotonic() - began < 8
+    until(lambda: not (system.volumes[1].files() | system.volumes[2].files()))
+    used = cpu(server)
+    holds(lambda: len(system.tables()[1]) == len(paths), 1.5)
+    assert cpu(server) - used < 1, "the sweeper does not loop"
+    cure()
+    until(system.is_clean, 60)
+    assert not system.files()
+
+
+def links(pid: int) -> set[str]:
+    """What a process has open."""
+    found = set()
+    for file in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            found.add(str(file.readlink()))
+    return found
+
+
+def worker_of(volume: Volume, server: Server) -> int:
+    """The nginx worker that has the server's only connection to a volume."""
+    sockets = links(server.process.pid)
+    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    here = f":{volume.port:04X}"
+    mine = [row[1] for row in rows if row[2].endswith(here) and f"socket:[{row[9]}]" in sockets]
+    (address,) = mine
+    (inode,) = [row[9] for row in rows if row[2] == address and row[1].endswith(here)]
+    (worker,) = [pid for pid in volume.workers() if f"socket:[{inode}]" in links(pid)]
+    return worker
+
+
+@contextlib.contextmanager
+def frozen(worker: int) -> Iterator[None]:
+    """A process that is stopped for the time of a block."""
+    os.kill(worker, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(worker, signal.SIGCONT)
+
+
+def in_background(work: Callable[[], Any]) -> threading.Thread:
+    """A call whose connection may break."""
+
+    def run() -> None:
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            work()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    return thread
+
+
+def one_worker_frozen(cluster: Make, *flags: str, volumes: int = 3) -> tuple[Cluster, Volume, int]:
+    """A cluster, a volume, and that of its workers to which the server's next request will go."""
+    system = cluster("-settle", "60s", *flags, volumes=volumes, subvolumes=1)
+    volume = volume_at(system, ideal(system, "/k")[0])
+    if len(volume.workers()) < 2:
+        pytest.skip("needs two nginx workers: two processors")
+    assert system.server.put("/k", b"old") == 201
+    return system, volume, worker_of(volume, system.server)
+
+
+def test_a_put_that_lands_after_the_server_was_killed_and_the_key_written_anew(
+    cluster: Make,
+) -> None:
+    system, volume, worker = one_worker_frozen(cluster, "-voltimeout", "1s")
+    server = system.server
+    others = [v for v in system.volumes if v is not volume]
+    assert server.call("DELETE", "/k").status == 204
+    until(system.is_clean)
+    with frozen(worker):
+        thread = in_background(lambda: server.put("/k", b"late"))
+        until(lambda: all(other.files() for other in others))
+        restart(system)
+        thread.join()
+        assert not volume.files()
+        until(lambda: server.put("/k", b"new") == 201)
+        assert server.get("/k") == b"new"
+        (new,) = volume.files()
+        server.process.send_signal(signal.SIGSTOP)  # or the file may be swept before it is seen
+    try:
+        until(lambda: volume.files() > {new})  # the late PUT has landed
+        assert copies(system, "/k")[volume.name] == b"new"
+    finally:
+        server.process.send_signal(signal.SIGCONT)
+    until(system.is_clean, 40)
+    assert volume.files() == {new}
+    assert [server.get("/k") for _ in range(10)] == [b"new"] * 10
+    assert_copies(system, "/k", b"new")
+
+
+def test_a_delete_that_lands_after_the_server_was_killed_and_the_key_written_anew(
+    cluster: Make,
+) -> None:
+    system, volume, worker = one_worker_frozen(cluster, "-voltimeout", "1s", "-grace", "1m")
+    server, others = system.server, [v for v in system.volumes if v is not volume]
+    (old,) = volume.files()
+    with frozen(worker):
+        thread = in_background(lambda: server.call("DELETE", "/k"))
+        until(lambda: not any(other.files() for other in others))
+        restart(system)
+        thread.join()
+        assert server.put("/k", b"new") == 201
+        (new,) = volume.files() - {old}
+    until(lambda: old not in volume.files())  # not by the sweeper: it leaves old files for a minute
+    assert volume.files() == {new}
+    assert [server.get("/k") for _ in range(10)] == [b"new"] * 10
+    assert_copies(system, "/k", b"new")
+    system.start(free_ports(1)[0])  # whose sweeper does not wait
+    until(system.is_clean, 40)
+    assert_copies(system, "/k", b"new")
+
+
+# --- kill -9 --------------------------------------------------------------------------------------
+
+
+class Load(threading.Thread):
+    """A client that writes, reads and deletes keys of its own until its connection breaks."""
+
+    SIZES = (10, 1000, 50_000, 200_000, 1_000_000)
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+        self.values: dict[str, bytes | None] = {f"/load{number}/{n}": None for n in range(8)}
+        self.unsure: tuple[str, str, bytes] | None = None
+        self.wrong: list[Any] = []
+        self.done = 0
+
+    def again(self, port: int, seed: int) -> "Load":
+        """The same client, ready for another round."""
+        fresh = Load(self.number)
+        fresh.values, fresh.port, fresh.dice = self.values, port, random.Random(seed)
+        fresh.start()
+        return fresh
+
+    def run(self) -> None:
+        client = Client(self.port)
+        try:
+            while True:
+                self.step(client)
+        except OSError:
+            pass
+
+    def step(self, client: Client) -> None:
+        path = self.dice.choice(list(self.values))
+        old = self.values[path]
+        if old is None:
+            size = self.dice.choice(self.SIZES)
+            new = blob(f"{path} {self.dice.random()}", size)
+            self.unsure = ("PUT", path, new)
+            status = client.call("PUT", path, new).status
+            self.values[path] = new if status == 201 else None
+            expected = 201
+        elif self.dice.random() < 0.5:
+            self.unsure = ("DELETE", path, old)
+            status = client.call("DELETE", path).status
+            self.values[path] = None if status == 204 else old
+            expected = 204
+        else:
+            status, expected = client.call("GET", path).status, 302
+        self.unsure = None
+        self.done += 1
+        if status != expected:
+            self.wrong.append((path, status, expected))
+
+
+def test_kill_9_under_load_loses_nothing_and_leaves_nothing(cluster: Make) -> None:
+    system = cluster("-replicas", "2", subvolumes=2)
+    server, dice, loads = system.server, random.Random(), [Load(n) for n in range(6)]
+    broken = done = 0
+    for turn in range(22):
+        loads = [load.again(server.port, dice.getrandbits(64)) for load in loads]
+        until(lambda loads=loads: sum(load.done for load in loads) > dice.randrange(60))
+        server.kill()
+        for load in loads:
+            load.join()
+            assert not load.wrong, (turn, load.wrong)
+        done += sum(load.done for load in loads)
+        server.start()
+        client = Client(server.port)
+        for load in loads:  # first of all: what was broken off can be written at once
+            method, path, value = load.unsure or ("", "", b"")
+            if method == "PUT":
+                broken += 1
+                if (found := read(server, path)) is None:
+                    assert client.call("PUT", path, value).status == 201, (turn, path)
+                else:
+                    assert found == value, (turn, path)
+                load.values[path] = value
+            elif method == "DELETE":
+                found = read(server, path)
+                assert found in (None, value), (turn, path)
+                load.values[path] = found
+        for load in loads:
+            for path, value in load.values.items():
+                assert read(server, path) == value, (turn, path)
+        until(system.is_clean)
+    assert broken >= 10
+    assert done >= 200
+
+
+def test_after_kill_9_the_key_of_a_broken_off_put_can_be_written_at_once(cluster: Make) -> None:
+    system = cluster("-grace", "1m", "-settle", "1h")
+    server = system.server
+    uploads = [Upload(server.port, f"/k{n}", 24 * MB) for n in range(3)]
+    for upload in uploads:
+        upload.send(blob("half", 4 * MB))
+    until(lambda: len(system.tables()[1]) == len(uploads))
+    assert server.put("/k0", b"is locked") == 409
+    restart(system)
+    assert [server.put(f"/k{n}", b"new") for n in range(3)] == [201] * 3
+    for number in range(3):
+        assert_copies(system, f"/k{number}", b"new")
+
+
+def started(port: int) -> int:
+    """How many sockets listen on a port."""
+    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    return sum(row[1].endswith(f":{port:04X}") and row[3] == "0A" for row in rows)
+
+
+# --- the index ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_index(cluster: Make, mounts: Callable) -> tuple[Cluster, Server, Path, list[str]]:
+    """A server whose -db is on a tmpfs that is full, the keys so far, and an upload in hand."""
+    system = cluster("-replicas", "2", volumes=2, subvolumes=1)
+    system.server.stop()
+    folder = system.folder / "index"
+    mounts(folder, "-t", "tmpfs", "-o", "size=600k", "none")
+    system.server.start()
+    upload = Upload(system.server.port, "/in-hand", MB)
+    upload.send(b"not all of it")
+    until(lambda: owned(system) == 1)
+    paths, status = [], 201
+    while status == 201:
+        path = "/" + f"{len(paths)}-".ljust(400, "x")
+        status = system.server.put(path, path.encode())
+        paths.append(path)
+        assert len(paths) < 3000
+    assert status == 503
+    return system, system.server, folder, paths, upload
+
+
+def test_a_full_disk_under_the_index_answers_503_and_loses_nothing(small_index: tuple) -> None:
+    system, server, folder, (*paths, refused), upload = small_index
+    assert len(paths) > 20
+    assert server.call("GET", "/?health").status == 200
+    for path in paths:
+        assert read(server, path) == path.encode()
+    assert server.get(refused) is None
+    upload.send(bytes(MB - len(b"not all of it")))
+    status = upload.answer()
+    assert status in (201, 503)  # a smaller change than a new key: there may be room for it
+    assert (server.get("/in-hand") is not None) == (status == 201)
+    shell("mount", "-o", "remount,size=16m", str(folder))
+    until(lambda: server.put(refused, b"now there is room") == 201)
+    if status == 503:
+        until(lambda: server.put("/in-hand", b"now there is room") == 201)
+    assert [server.call("DELETE", path).status for path in paths] == [204] * len(paths)
+    until(system.is_clean, 40)
+    assert len(system.files()) == 4
+    assert server.get(refused) == b"now there is room"
+
+
+def test_a_server_killed_on_a_full_disk_starts_again_with_all_it_acknowledged(
+    small_index: tuple,
+) -> None:
+    system, server, folder, (*paths, refused), _ = small_index
+    server.kill()
+    shell("mount", "-o", "remount,size=16m", str(folder))
+    server.start()
+    for path in paths:
+        assert read(server, path) == path.encode()
+    assert server.put(refused, b"x") == 201
+    assert server.put("/in-hand", b"x") == 201
+    until(system.is_clean, 40)
+
+
+def test_sigterm_ends_a_server_whose_index_cannot_be_written(small_index: tuple) -> None:
+    _, server, _, _, upload = small_index
+    upload.vanish()
+    until(lambda: server.metric("mkv_connections") <= 1)
+    assert server.stop() == 0
+
+
+READER = """
+import lmdb, sys, time
+env = lmdb.open(sys.argv[1], readonly=True, max_dbs=2, map_size=1 << 40)
+with env.begin() as txn:
+    print("reading", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_killed_reader_does_not_let_the_index_grow_for_ever(cluster: Make) -> None:
+    system = cluster("-replicas", "1", volumes=1, subvolumes=1)
+    server, path = system.server, system.folder / "index"
+
+    def growth() -> int:
+        """Bytes by which the file has grown after so many commits."""
+        client, before = Client(server.port), (path / "data.mdb").stat().st_size
+        for number in range(150):
+            assert client.call("PUT", f"/k{number % 7}", b"x").status == 201
+            assert client.call("DELETE", f"/k{number % 7}").status == 204
+        return (path / "data.mdb").stat().st_size - before
+
+    growth()
+    reader = subprocess.Popen(
+        [sys.executable, "-c", READER, str(path)], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert reader.stdout and reader.stdout.readline() == "reading\n"
+        pinned = growth()
+        assert pinned > 500_000, "a reader that lives pins pages"
+    finally:
+        reader.kill()
+        reader.wait()
+    growth()  # within which the sweeper notices
+    assert growth() + growth() < pinned / 4
+
+
+# --- clients that misbehave -----------------------------------------------------------------------
+
+
+def test_clients_gone_in_mid_upload_leave_nothing(cluster: Make) -> None:
+    system = cluster()
+    server = system.server
+    assert server.put("/warm", blob("warm", MB)) == 201
+    files = system.files()
+    for turn in range(7):
+        uploads = [Upload(server.port, f"/gone{n}", 8 * MB) for n in range(6)]
+        uploads += [Upload(server.port, f"/little{n}", 1000) for n in range(6)]
+        for upload in uploads[:6]:
+            upload.send(blob("some", MB))
+        for upload in uploads[6:]:
+            upload.send(b"some")
+        until(lambda: owned(system) == 12)
+        assert read(server, "/warm") == blob("warm", MB)  # others are served meanwhile
+        for number, upload in enumerate(uploads):
+            if number % 2 == turn % 2:
+                upload.vanish()
+            else:
+                upload.wire.close()
+        until(lambda: not owned(system))
+        if turn == 1:  # connections to volumes are kept, but not ever more of them
+            until(system.is_clean, 40)
+            base = descriptors(server)
+    until(system.is_clean, 40)
+    assert system.files() == files
+    until(lambda: server.metric("mkv_connections") <= 1)
+    until(lambda: descriptors(server) <= base + 30)
+    assert server.memory() < 250 * MB
+    for name in ("gone", "little"):
+        for number in range(6):
+            assert server.put(f"/{name}{number}", b"now whole") == 201
+    temporary = [f for v in system.volumes for f in v.folder.rglob(".tmp/*") if f.is_file()]
+    assert not temporary
+
+
+def test_a_body_that_ends_early_is_refused(cluster: Make) -> None:
+    system = cluster()
+    for length in (1000, 2 * MB):
+        upload = Upload(system.server.port, "/short", length)
+        upload.send(bytes(length - 1))
+        upload.wire.shutdown(socket.SHUT_WR)
+        assert upload.answer() == 400
+        assert system.server.get("/short") is None
+    until(system.is_clean, 40)
+    assert not system.files()
+
+
+def test_what_follows_a_body_is_not_part_of_it(cluster: Make) -> None:
+    system = cluster()
+    for path, length in (("/small", 1000), ("/big", 2 * MB)):
+        head = f"PUT {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {length}\r\n\r\n".encode()
+        answer = raw(system.server.port, head + blob(path, length) + b"more than announced\r\n\r\n")
+        statuses = re.findall(rb"HTTP/1.1 (\d+)", answer)
+        assert statuses == [b"201", b"400"]
+        assert_copies(system, path, blob(path, length))
+    until(system.is_clean)
+
+
+def test_a_content_md5_that_does_not_match_stores_nothing(cluster: Make) -> None:
+    system = cluster()
+    for size in (1000, 2 * MB):
+        right = hashlib.md5(blob("value", size)).hexdigest()
+        wrong = hashlib.md5(b"another").hexdigest()
+        for _ in range(3):
+            reply = system.server.call("PUT", f"/{size}", blob("value", size), Content_MD5=wrong)
+            assert reply.status == 400
+            assert system.server.get(f"/{size}") is None
+        until(lambda: not system.files())
+        reply = system.server.call("PUT", f"/{size}", blob("value", size), Content_MD5=right)
+        assert reply.status == 201
+        until(system.is_clean, 40)
+        assert system.server.call("DELETE", f"/{size}").status == 204
+        until(system.is_clean, 40)
+
+
+@pytest.mark.parametrize("length", [50_000, 5 * MB])
+def test_under_1_kib_a_second_is_too_slow(cluster: Make, length: int) -> None:
+    system = cluster(preamble="mkv.BODY_TIME = 1")
+    server = system.server
+    slow, steady = (Upload(server.port, path, length) for path in ("/slow", "/steady"))
+    slow.send(b"a few bytes")
+    sent, deadline = 0, time.monotonic() + 20
+    slow.wire.setblocking(False)
+    while sent < length:  # 20 KiB a second or more, while the other one idles
+        steady.send(blob("steady", length)[sent : sent + 20_000])
+        sent += 20_000
+        if sent < length:
+            with contextlib.suppress(BlockingIOError):
+                if slow.wire.recv(1, socket.MSG_PEEK):
+                    steady.send(blob("steady", length)[sent:])
+                    break
+            time.sleep(0.2)
+        assert time.monotonic() < deadline
+    assert steady.answer() == 201
+    slow.wire.settimeout(20)
+    assert slow.answer() == 408
+    assert server.get("/slow") is None
+    assert_copies(system, "/steady", blob("steady", length))
+    assert server.put("/slow", b"now quick") == 201
+    until(system.is_clean, 40)
+
+
+def test_five_thousand_idle_connections_do_not_keep_others_from_being_served(
+    cluster: Make,
+) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (12_000, max(hard, 12_000)))
+    except (ValueError, PermissionError):
+        pytest.skip("needs 12,000 open files")
+    with contextlib.ExitStack() as stack:
+        stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+        system = cluster()
+        server = system.server
+        base = descriptors(server)
+        wires = [socket.socket() for _ in range(5000)]
+        for number, wire in enumerate(wires):
+            stack.enter_context(wire)
+            wire.connect(("127.0.0.1", server.port))
+            if number % 2:
+                wire.sendall(b"GET /half a head")
+        until(lambda: server.metric("mkv_connections") > 5000)
+        for number in range(30):
+            value = blob(f"{number}", 1000 if number % 10 else 500_000)
+            assert server.put(f"/k{number}", value) == 201
+            assert server.get(f"/k{number}") == value
+        assert server.memory() < 300 * MB
+        for wire in wires:
+            wire.close()
+        until(lambda: server.metric("mkv_connections") <= 1)
+        until(lambda: descriptors(server) <= base + 20)
+        assert server.get("/k1") == blob("1", 1000)
+
+
+# --- the end of a server, and another one ---------------------------------------------------------
+
+
+def test_sigterm_finishes_what_is_in_hand_and_refuses_what_is_new(cluster: Make) -> None:
+    system = cluster()
+    server, value = system.server, blob("value", 8 * MB)
+    idle = Client(server.port)
+    assert idle.call("GET", "/?health").status == 200
+    uploads = [Upload(server.port, f"/k{n}", len(value)) for n in range(4)]
+    for upload in uploads:
+        upload.send(value[: 3 * MB])
+    until(lambda: len(system.tables()[1]) == len(uploads))
+    server.process.send_signal(signal.SIGTERM)
+
+    def refuses() -> bool:
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", server.port)) != 0
+
+    until(refuses)
+    assert server.process.poll() is None
+    for upload in uploads:
+        upload.send(value[3 * MB :])
+    assert [upload.answer() for upload in uploads] == [201] * 4
+    assert server.process.wait(15) == 0
+    assert system.is_clean()
+    server.start()
+    for number in range(4):
+        assert server.get(f"/k{number}") == value
+
+
+def test_sigterm_does_not_wait_for_ever(cluster: Make) -> None:
+    system = cluster(preamble="mkv.DRAIN_TIME = 1")
+    server = system.server
+    upload = Upload(server.port, "/slow", 8 * MB)
+    upload.send(blob("half", MB))
+    until(lambda: system.tables()[1])
+    assert server.stop() == 0
+    assert not owned(system)
+    server.start()
+    assert server.put("/slow", b"free") == 201
+    until(system.is_clean, 40)
+
+
+class Handed(threading.Thread):
+    """A client that writes and reads on, whatever happens to the servers; counts what it sees."""
+
+    def __init__(self, port: int, number: int, fresh: bool) -> None:
+        super().__init__()
+        self.port, self.number, self.fresh = port, number, fresh
+        self.client, self.enough = Client(port), threading.Event()
+        self.rounds = self.repeated = 0
+        self.wrong: list[Any] = []
+        self.start()
+
+    def call(self, method: str, path: str, body: bytes | None = None) -> Reply:
+        """A connection that ends before a byte of the answer: once more, on a fresh one."""
+        if self.fresh:
+            self.client.wire.close()
+        try:
+            return self.client.call(method, path, body)
+        except OSError:
+            self.repeated += 1
+            return self.client.call(method, path, body)
+
+    def run(self) -> None:
+        try:
+            while not self.enough.is_set() and not self.wrong:
+                self.round(f"/hand{self.number}/{self.rounds}")
+                self.rounds += 1
+        except Exception as error:
+            self.wrong.append(error)
+
+    def round(self, path: str) -> None:
+        value = blob(path, 100_000 if self.rounds % 4 == 0 else 1000)
+        expected = [("PUT", value, 201), ("GET", None, 302), ("DELETE", None, 204)]
+        for method, body, status in [*expected, ("GET", None, 404)]:
+            reply = self.call(method, path, body)
+            if reply.status != status:
+                self.wrong.append((method, path, reply))
+                return
+            if status == 302 and getattr(follow(reply), "body", b"") != value:
+                self.wrong.append((method, path, "another value"))
+
+
+def test_a_port_in_use_is_left_alone_and_said_to_be_in_use(cluster: Make) -> None:
+    system = cluster()
+    server = system.server
+    assert server.put("/k", b"value") == 201
+    command = [sys.executable, str(HERE / "mkv.py"), "server", "-bind", "127.0.0.1"]
+    command += ["-port", str(server.port), *server.flags, "-db", str(system.folder / "other")]
+    other = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    assert other.returncode not in (0, 1)
+    assert str(server.port) in other.stderr and len(other.stderr.splitlines()) == 1
+    with socket.create_server(("127.0.0.1", 0)) as stranger:
+        command[command.index("-port") + 1] = str(stranger.getsockname()[1])
+        other = subprocess.run(command, capture_output=True, text=True, timeout=30)
+        assert other.returncode not in (0, 1)
+    assert [server.get("/k") for _ in range(20)] == [b"value"] * 20
+
+
+# --- histories ------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Call:
+    """A call on a key. `value`: what was to be written, or was read (None: absent)."""
+
+    method: str
+    start: float
+    end: float
+    status: int | None  # None: the connection broke, it may have happened or not
+    value: str | None = None
+
+
+def effects(it: Call, before: str | None) -> set[str | None]:
+    """What a key may be after a call, if it was `before`; empty: the answer cannot be."""
+    if it.method == "GET":
+        return {before} if it.value == before else set()
+    after, legal = (None, before is not None) if it.method == "DELETE" else (it.value, not before)
+    if it.status is None:
+        return {before, after} if legal else {before}
+    if it.status in (201, 204):
+        return {after} if legal else set()
+    return {before} if not legal else set()  # 403 of PUT, 404 of DELETE
+
+
+def is_linearizable(history: list[Call]) -> bool:
+    """Whether there is an order of the calls on one key, each at some moment between its start and
+    its end, in which a register that is absent at first would have given the same answers.
+
+    A search over (calls done, value) after Wing and Gong, each visited once. A call may be next if
+    no other one that is left ended before it started. Calls without an answer are taken only for
+    what they change, and while their time is not over. One that neither changes anything nor ends
+    the time of such a call is taken at once: that never spoils anything.
+    """
+    calls = sorted(history, key=lambda it: it.start)
+    needed = sum(1 << n for n, it in enumerate(calls) if it.status is not None)
+    todo, seen = [(0, None, -math.inf)], set()  # the calls done, the value, their latest start
+    while todo:
+        done, value, latest = todo.pop()
+        if done & needed == needed:
+            return True
+        if (done, value) in seen:
+            continue
+        seen.add((done, value))
+        able, limit = [], math.inf
+        for number in range((~done & (done + 1)).bit_length() - 1, len(calls)):
+            it = calls[number]
+            if it.start > limit:
+                break
+            if done >> number & 1:
+                continue
+            if it.status is not None:
+                limit = min(limit, it.end)
+            elif it.end < latest:
+                done |= 1 << number
+                continue
+            able.append((number, it))
+        steps = []
+        for number, it in able:
+            after = [v for v in effects(it, value) if it.status is not None or v != value]
+            found = [(done | 1 << number, v, max(latest, it.start)) for v in after]
+            ends = [other.end for _, other in able if other.status is None]
+            if value in after and it.start <= min(ends, default=math.inf):
+                steps = found
+                break
+            steps += found
+        todo += steps
+    return False
+
+
+def test_the_checker_accepts_what_can_be() -> None:
+    put, delete = Call("PUT", 0, 1, 201, "a"), Call("DELETE", 4, 5, 204)
+    assert is_linearizable([])
+    assert is_linearizable([put, Call("GET", 2, 3, 302, "a"), delete, Call("GET", 6, 7, 404)])
+    during = [Call("GET", 0, 1, 404), Call("GET", 0.5, 1, 302, "a"), Call("PUT", 0, 2, 403, "b")]
+    assert is_linearizable([put, *during])
+    unknown = Call("PUT", 0, math.inf, None, "b")
+    assert is_linearizable([unknown, Call("GET", 1, 2, 404)])
+    assert is_linearizable([unknown, Call("GET", 1, 2, 404), Call("GET", 3, 4, 302, "b")])
+    assert is_linearizable([put, Call("DELETE", 2, 3, None), Call("PUT", 4, 5, 201, "c")])
+    read = [Call("DELETE", 1, 6, 204), Call("GET", 5, 7, 404)]  # it was written, and deleted
+    assert is_linearizable([Call("PUT", 0, 4, None, "a"), *read])
+    many = [Call("PUT", n, n + 20, None, f"{n}") for n in range(40)]
+    assert is_linearizable([*many, Call("GET", 70, 71, 404)])
+
+
+def test_the_checker_agrees_with_trying_all_orders() -> None:
+    dice, seen = random.Random(1), {True: 0, False: 0}
+    for _ in range(1500):
+        history = []
+        for number in range(5):
+            method = dice.choice(["PUT", "GET", "DELETE"])
+            start = dice.randrange(10)
+            end = dice.choice([start + dice.random() * 6, math.inf])
+            status = dice.choice(
+                {"PUT": [201, 403, None], "DELETE": [204, 404, None]}.get(method, [0])
+            )
+            value = dice.choice([None, "0", "1", "2"]) if method == "GET" else f"{number}"
+            history.append(Call(method, start, end, status, value))
+        expected = any(is_legal(order) for order in itertools.permutations(history))
+        assert is_linearizable(history) == expected, history
+        seen[expected] += 1
+    assert min(seen.values()) > 100
+
+
+def is_legal(order: tuple[Call, ...]) -> bool:
+    """Whether calls can have happened in this order."""
+    values: set[str | None] = {None}
+    for number, it in enumerate(order):
+        if any(later.end < it.start for later in order[number:]):
+            return False
+        values = set().union(*(effects(it, value) for value in values))
+    return bool(values)
+
+
+def test_the_checker_rejects_a_stale_read() -> None:
+    history = [Call("PUT", 0, 1, 201, "a"), Call("DELETE", 2, 3, 204), Call("PUT", 4, 5, 201, "b")]
+    assert is_linearizable([*history, Call("GET", 6, 7, 302, "b")])
+    assert not is_linearizable([*history, Call("GET", 6, 7, 302, "a")])
+    assert not is_linearizable([*history[:2], Call("GET", 3.5, 7, 302, "a")])
+    assert not is_linearizable([*history[:1], Call("GET", 2, 3, 404)])
+    late = [Call("GET", 6, 7, 302, "b"), Call("GET", 8, 9, 302, "a")]  # back in time
+    assert not is_linearizable([Call("PUT", 0, 10, None, "b"), Call("PUT", 0, 1, 201, "a"), *late])
+
+
+def test_the_checker_rejects_a_lost_write() -> None:
+    put = Call("PUT", 0, 1, 201, "a")
+    assert not is_linearizable([put, Call("PUT", 2, 3, 201, "b")])
+    assert not is_linearizable([put, Call("DELETE", 2, 3, 404)])
+    assert not is_linearizable([put, Call("PUT", 0, 1, 201, "b"), Call("GET", 2, 3, 302, "a")])
+    assert not is_linearizable([Call("DELETE", 0, 1, 204)])
+    assert not is_linearizable([Call("PUT", 0, 1, 403, "a")])
+    ended = Call("PUT", 0, 1, None, "b")  # if it happened at all, then before 1
+    assert not is_linearizable([ended, Call("GET", 2, 3, 404), Call("GET", 4, 5, 302, "b")])
+
+
+class Historian(threading.Thread):
+    """A client that does what comes to its mind with a few keys, and writes down what it sees."""
+
+    def __init__(self, server: Server, number: int, keys: list[str], deadline: float) -> None:
+        super().__init__()
+        self.server, self.number, self.keys, self.deadline = server, number, keys, deadline
+        self.histories: dict[str, list[Call]] = {key: [] for key in keys}
+        self.wrong: list[Any] = []
+        self.dice = random.Random()
+        self.start()
+
+    def run(self) -> None:
+        for turn in itertools.count():
+            if self.wrong or time.monotonic() > self.deadline:
+                break
+            try:
+                self.step(self.dice.choice(self.keys), f"{self.number}-{turn}-")
+            except Exception as error:
+                self.wrong.append(error)
+
+    def step(self, key: str, name: str) -> None:
+        method, start = self.dice.choice(["PUT", "GET", "GET", "DELETE"]), time.monotonic()
+        value = name if method == "PUT" else None
+        body = (name * self.dice.choice([1, 100, 20_000])).encode() if value else None
+        try:
+            reply = self.server.call(method, key, body)
+            status, end = reply.status, time.monotonic()
+        except ConnectionRefusedError:
+            time.sleep(0.02)
+            return  # not even sent
+        except (OSError, http.client.HTTPException):
+            # Only the end of its process breaks a connection, so if it happened, then before now.
+            status, end = None, time.monotonic()
+        if method == "GET" and status == 302:
+            found = follow(reply, 2)
+            if not found or found.status != 200:
+                return  # one would ask again, which is another call
+            value, end = name_in(found.body), time.monotonic()
+        known = {"PUT": (201, 403, None), "GET": (302, 404), "DELETE": (204, 404, None)}[method]
+        if status in known:
+            self.histories[key].append(Call(method, start, end, status, value))
+        elif status not in (409, 503, None):  # which change nothing
+            self.wrong.append((method, key, reply))
+
+
+def test_histories_under_fire_are_linearizable(cluster: Make) -> None:
+    system = cluster("-replicas", "2", "-voltimeout", "150ms", volumes=4, subvolumes=2)
+    keys, dice, deadline = ["/a", "/b", "/c", "/d"], random.Random(), time.monotonic() + 10
+    clients = [Historian(system.server, n, keys, deadline) for n in range(10)]
+
+    def count() -> int:
+        return sum(len(calls) for client in clients for calls in client.histories.values())
+
+    ailing: list[Callable[[], None]] = []
+    events = 0
+    while any(client.is_alive() for client in clients):
+        goal = count() + dice.randrange(20, 200)
+        deadline_now = time.monotonic() + 0.7
+        until(lambda g=goal, d=deadline_now: count() > g or time.monotonic() > d)
+        if ailing:
+            ailing.pop()()
+        elif dice.random() < 0.4:
+            restart(system)
+        else:
+            volume = dice.choice(system.volumes)
+            ailing.append(ail(dice.choice(["dead", "frozen"]), volume, lambda *_: None))
+        events += 1
+    for cure in ailing:
+        cure()
+    for client in clients:
+        client.join()
+    assert [client.wrong for client in clients] == [[]] * len(clients)
+    histories = {key: [it for c in clients for it in c.histories[key]] for key in keys}
+    for key, history in histories.items():
+        start = time.monotonic()
+        history.append(Call("GET", start, math.inf, 302, value_now(system.server, key)))
+        assert is_linearizable(history), (key, sorted(history, key=lambda it: it.start))
+        statuses = {it.status for it in history}
+        assert {201, 204, 302, 403, 404} <= statuses
+    assert None in {it.status for history in histories.values() for it in history}
+    assert events >= 5
+    until(system.is_clean, 60)
+
+
+def value_now(server: Server, key: str) -> str | None:
+    """What a key is in the end."""
+    found = read(server, key)
+    return None if found is None else name_in(found)
+
+
+def name_in(body: bytes) -> str:
+    """The name that a value repeats; of a mixture, or of a part, the whole."""
+    name = b"-".join(body.split(b"-")[:2]) + b"-"
+    times, rest = divmod(len(body), len(name))
+    whole = times in (1, 100, 20_000) and not rest and body == name * times
+    return (name if whole else body).decode()
 
 
 if __name__ == "__main__":
