@@ -21,12 +21,13 @@ mkdir -p "$root/.nginx" 2>/dev/null || die "cannot write to $root"
 # The workers of a root-started nginx are the folder's owner, so that no folder is open to everybody.
 owner=$(stat -c %U "$root") group=$(stat -c %G "$root") user=
 [ "$(id -u)" != 0 ] || user="user $owner $group;"
-chown "$owner:$group" "$root/.nginx"
+own() { [ "$(id -u)" != 0 ] || chown "$owner:$group" "$@"; }
+own "$root/.nginx"
 
 # Uploads are written to .tmp on the drive they are for. What a killed nginx left there is garbage.
 drive() {
   rm -rf "$1/.tmp" 2>/dev/null
-  mkdir -p "$1/.tmp" 2>/dev/null && chown "$owner:$group" "$1" "$1/.tmp" && [ -w "$1/.tmp" ]
+  mkdir -p "$1/.tmp" 2>/dev/null && own "$1" "$1/.tmp" && [ -w "$1/.tmp" ]
 }
 drive "$root" || die "cannot write to $root"
 block=$(sed -n 's/^#SUBVOLUME//p' <<<"$template") subvolumes=
