@@ -26,16 +26,17 @@ import functools
 import hashlib
 import itertools
 import json
+import logging
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
-from collections import Counter, defaultdict, deque
+from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
 from http import HTTPStatus
 from pathlib import Path
@@ -51,6 +52,8 @@ BODY_TIME, BODY_RATE = 60, 1024  # seconds for which a body may bring fewer byte
 READ_AHEAD, WRITE_AHEAD = 1 << 18, 1 << 20  # bytes held for a reader, or a volume, before a pause
 SMALL = 1 << 16  # bytes up to which a value is held, and sent again if need be
 MAP_SIZE, DRAIN_TIME = 1 << 40, 10  # address space for LMDB; seconds that SIGTERM leaves to work
+TICK = 0.2  # seconds between two looks at what is down and who is idle
+METHODS = "GET", "HEAD", "PUT", "DELETE", "UNLINK", "REBALANCE"
 Pieces = AsyncIterator[bytes]  # a value on its way
 
 
@@ -60,10 +63,9 @@ class HTTPError(Exception):  # no success: status, one line that says why, more 
         self.status, self.reason, self.fields = status, reason, fields
 
 
-def require(condition: Any, status: int, reason: str) -> None:
-    """HTTPError unless the condition holds."""
+def require(condition: Any, status: int, reason: str, fields: str = "") -> None:  # or HTTPError
     if not condition:
-        raise HTTPError(status, reason)
+        raise HTTPError(status, reason, fields)
 
 
 # --- placement ------------------------------------------------------------------------------------
@@ -134,101 +136,67 @@ def parse_record(text: bytes) -> Record:
 
 
 # --- index ----------------------------------------------------------------------------------------
-# Two LMDB tables. keys: key → record. journal: key → files that may exist and that no record names;
-# with an owner somebody is making them (the lock on the key), without one they are garbage. Writing
-# is by operations: they check and change in one transaction, from plain arguments, without clock or
-# chance, and so can be replayed. Their answer is heard when it is on disk.
+# Two LMDB tables. keys: key → record. journal: key → owner, since, files that may exist and that no
+# record names. With an owner somebody is making them (the lock on the key), without one they are
+# garbage. An operation makes a new row out of an old one and plain arguments, without clock or
+# chance, and so can be replayed. Its answer is heard when it is on disk.
 
 
-class Entry(NamedTuple):  # `<owner> <since> <replicas>`, these as in a record without size and id
-    owner: str
-    since: float  # seconds since 1970, when the last owner went or the last replica came
-    replicas: tuple[Replica, ...]
+class Row(NamedTuple):
+    """A key in both tables. Its methods are the operations: the new row, and an answer."""
 
+    record: Record  # empty if there is none
+    owner: str  # of the claim, if there is one
+    since: float  # seconds since 1970: when the last owner went, or the last replica came
+    replicas: tuple[Replica, ...]  # in the journal
 
-def parse_entry(text: bytes) -> Entry:
-    """The journal entry that Operations.enter() wrote."""
-    owner, since, replicas = text.split(b" ")
-    return Entry(owner.decode(), float(since), parse_record(replicas).replicas)
-
-
-class Operations(NamedTuple):  # all that can be done to the index, in one write transaction
-    txn: lmdb.Transaction
-    keys: Any
-    journal: Any
-
-    def look(self, key: bytes, owner: str = "") -> tuple[Record, Entry]:
-        """What the tables say of a key, empty if nothing. 503 when another than `owner` has it."""
-        record = parse_record(self.txn.get(key, b"", db=self.keys))
-        entry = parse_entry(self.txn.get(key, b" 0 ", db=self.journal))
-        require(owner in ("", entry.owner), 503, "the claim on the key was lost")
-        return record, entry
-
-    def enter(self, key: bytes, old: Entry, owner: str, new: Sequence[Replica], now: float) -> None:
-        """Put an owner and replicas in the place of a journal entry; with neither, it goes."""
-        self.txn.delete(key, db=self.journal)
-        if owner or new:
-            fresh = (old.owner and not owner) or not set(new) <= set(old.replicas)
-            text = f"{owner} {now if fresh else old.since!r} ".encode() + Record(tuple(new)).text()
-            self.txn.put(key, text, db=self.journal)
-
-    def claim(self, key: bytes, owner: str, where: list, now: float, old: Record | None) -> str:
+    def claim(self, owner: str, where: Sequence[str], old: Record | None, now: float) -> tuple:
         """Lock a key and list files to be made: their write id. For a move, of `old`. 409, 403."""
-        record, entry = self.look(key)
-        require(not entry.owner, 409, "another PUT or move of this key is under way")
-        require(old or not record.replicas or record.deleted, 403, "key exists: DELETE it first")
-        require(not old or old == record, 409, "the key has changed meanwhile")
-        known = {replica.write_id for replica in entry.replicas + record.replicas}
-        seconds = int("0" + (old.write_id if old else max(known, default=""))[:8], 16)
-        seconds = seconds if old else max(int(now), seconds + 1)
+        live = self.record.replicas and not self.record.deleted
+        require(not self.owner, 409, "another PUT or move of this key is under way")
+        require(old or not live, 403, "key exists: DELETE it first")
+        require(old in (None, self.record), 409, "the key has changed meanwhile")
+        known = {replica.write_id for replica in self.replicas + self.record.replicas}
+        newest = int("0" + (old.write_id if old else max(known, default=""))[:8], 16)
+        seconds = newest if old else max(int(now), newest + 1)
         tail = int(hashlib.md5(owner.encode()).hexdigest()[:8], 16)
         while (write_id := f"{seconds:08x}{tail & 0xFFFFFFFF:08x}") in known:
             tail += 1
-        made = [Replica(location, write_id) for location in where]
-        self.enter(key, entry, owner, [*entry.replicas, *made], now)
-        return write_id
+        made = tuple(Replica(location, write_id) for location in where)
+        return self._replace(owner=owner, replicas=self.replicas + made), write_id
 
-    def extend(self, key: bytes, owner: str, replica: Replica) -> None:
-        """List one more file under a claim: that of a stand-in. 503."""
-        _, entry = self.look(key, owner)
-        self.enter(key, entry, owner, (*entry.replicas, replica), entry.since)
+    def extend(self, owner: str, replica: Replica) -> tuple:  # by the file of a stand-in. 503
+        require(owner == self.owner, 503, "the claim on the key was lost")
+        return self._replace(replicas=(*self.replicas, replica)), None
 
-    def commit(self, key: bytes, owner: str, new: Record, old: Record | None, now: float) -> None:
+    def commit(self, owner: str, new: Record, old: Record | None) -> tuple:
         """Vouch for what a claim made; whatever else was there is garbage. 503; for a move 409."""
-        record, entry = self.look(key, owner)
-        require(not old or old == record, 409, "the key has changed meanwhile")
-        garbage = [r for r in entry.replicas + record.replicas if r not in new.replicas]
-        self.txn.put(key, new.text(), db=self.keys)
-        self.enter(key, entry, "", garbage, now)
+        require(owner == self.owner, 503, "the claim on the key was lost")
+        require(old in (None, self.record), 409, "the key has changed meanwhile")
+        listed = dict.fromkeys(self.replicas + self.record.replicas)
+        return Row(new, "", self.since, tuple(r for r in listed if r not in new.replicas)), None
 
-    def settle(self, key: bytes, owner: str, gone: Sequence[Replica], now: float) -> list[Replica]:
+    def adopt(self, new: Record, garbage: tuple[Replica, ...]) -> tuple:  # as a rebuild found it
+        return self._replace(record=new, replicas=self.replicas + garbage), None
+
+    def settle(self, owner: str, gone: Sequence[Replica]) -> tuple:
         """Strike out files that are gone, and the owner if it is this one; returns what is left."""
-        _, entry = self.look(key)
-        left = [replica for replica in entry.replicas if replica not in gone]
-        self.enter(key, entry, "" if owner == entry.owner else entry.owner, left, now)
-        return left
+        left = tuple(replica for replica in self.replicas if replica not in gone)
+        return self._replace(owner=self.owner * (owner != self.owner), replicas=left), left
 
-    def remove(self, key: bytes, protect: bool, now: float) -> Record:
+    def remove(self, protect: bool) -> tuple:
         """Delete a key: its files are garbage. Returns what its record was. 404, 403."""
-        record, entry = self.look(key)
-        require(record.replicas, 404, "no such key")
-        require(record.deleted or not protect, 403, "protected: UNLINK the key first")
-        self.txn.delete(key, db=self.keys)
-        self.enter(key, entry, entry.owner, entry.replicas + record.replicas, now)
-        return record
+        require(self.record.replicas, 404, "no such key")
+        require(self.record.deleted or not protect, 403, "protected: UNLINK the key first")
+        listed = self.replicas + self.record.replicas
+        return self._replace(record=Record(()), replicas=listed), self.record
 
-    def unlink(self, key: bytes) -> None:
-        """Hide a key. 404."""
-        record, _ = self.look(key)
-        require(record.replicas and not record.deleted, 404, "no such key")
-        self.txn.put(key, record._replace(deleted=True).text(), db=self.keys)
+    def unlink(self) -> tuple:  # hide a key. 404
+        require(self.record.replicas and not self.record.deleted, 404, "no such key")
+        return self._replace(record=self.record._replace(deleted=True)), None
 
-    def evict(self, process: str, now: float) -> None:
-        """All claims of a dead process lose their owner: the keys are free, the files garbage."""
-        for key, text in list(self.txn.cursor(db=self.journal)):
-            entry = parse_entry(text)
-            if entry.owner.startswith(process + "."):
-                self.enter(key, entry, "", entry.replicas, now)
+    def evict(self, process: str) -> tuple:  # it is dead: the key is free, what it made is garbage
+        return self._replace(owner=self.owner * (self.owner.partition(".")[0] != process)), None
 
 
 class Index:
@@ -239,22 +207,17 @@ class Index:
     """
 
     def __init__(self, path: Path, exclusive: bool = False) -> None:
-        self.owners, self.claims = path / "owners", itertools.count(1)
+        self.owners, self.process, self.claims = path / "owners", "", itertools.count(1)
         self.owners.mkdir(parents=True, exist_ok=True)
         self.folder = os.open(self.owners, os.O_RDONLY)
         fcntl.flock(self.folder, fcntl.LOCK_NB | (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH))
         self.env = lmdb.open(str(path), map_size=MAP_SIZE, max_dbs=2, max_readers=4096)
         self.keys, self.journal = self.env.open_db(b"keys"), self.env.open_db(b"journal")
-        self.process = ""
+        self.queue, self.kept, self.flushing = [], [], None  # jobs; those to be tried again; a task
         self.owner()
-        self.queue: deque[tuple] = deque()  # (operation, arguments, future)
-        self.wake, self.closing = threading.Event(), False
-        self.thread = threading.Thread(target=self.commit_groups, daemon=True)
-        self.thread.start()
 
-    def close(self) -> None:
-        self.closing = True
-        self.thread.join()
+    def close(self) -> None:  # after writing what nobody waited for
+        self.commit(self.kept + self.queue)
         self.env.close()
         (self.owners / self.process).unlink(missing_ok=True)
         self.lock.close()
@@ -271,18 +234,25 @@ class Index:
     async def evict_dead(self, named: set[str]) -> None:
         """Evict whoever is named in the journal, or has a file, but does not live."""
         for process in named.union(path.name for path in self.owners.iterdir()) - {self.process}:
-            path = self.owners / process
+            path, mark = self.owners / process, f"{process}.".encode()
             with path.open("a") as file, contextlib.suppress(BlockingIOError):
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                await self.do(Operations.evict, process, time.time())
+                for rows in self.walk(self.journal):
+                    owned = [key for key, text in rows if text.startswith(mark)]
+                    await asyncio.gather(*(self.do(Row.evict, key, process) for key in owned))
                 path.unlink(missing_ok=True)
 
-    def get(self, key: bytes) -> bytes | None:
-        """The text of a key's record."""
-        with self.env.begin(self.keys) as txn:
-            return txn.get(key)
+    def get(self, key: bytes) -> bytes | None:  # the text of a key's record
+        return self.env.begin(self.keys).get(key)
 
-    def count(self, table: Any) -> int:
+    def look(self, key: bytes, txn: lmdb.Transaction | None = None) -> Row:
+        """What both tables have of a key; parts may be empty."""
+        with contextlib.nullcontext(txn) if txn else self.env.begin() as txn:
+            record, entry = txn.get(key, b"", db=self.keys), txn.get(key, b" 0 ", db=self.journal)
+        owner, since, replicas = entry.split(b" ")
+        return Row(parse_record(record), owner.decode(), float(since), parse_record(replicas)[0])
+
+    def count(self, table: Any) -> int:  # of its rows
         with self.env.begin() as txn:
             return txn.stat(table)["entries"]
 
@@ -295,36 +265,56 @@ class Index:
             start = rows.pop()[0] if len(rows) > 1000 else None
             yield rows
 
-    def do(self, operation: Callable, *args: Any, later: bool = False) -> asyncio.Future | None:
-        """Queue an operation: a future of its answer. `later`: with others, and nobody listens."""
-        future = None if later else asyncio.get_running_loop().create_future()
-        self.queue.append((operation, args, future))
-        if future:
-            self.wake.set()
-        return future and asyncio.shield(future)  # who waits may be cancelled, the operation not
+    def do(self, operation: Callable, key: bytes, *args: Any) -> asyncio.Future:
+        """Queue an operation: a future of its answer. Who waits may be cancelled, it is not."""
+        future = asyncio.get_running_loop().create_future()
+        self.queue.append((operation, key, args, time.time(), future))
+        self.flushing = self.flushing or asyncio.create_task(self.flush())
+        return asyncio.shield(future)
 
-    def commit_groups(self) -> None:
-        """The thread that writes. What queued up during one sync shares the next: group commit."""
-        while self.queue or not self.closing:
-            self.wake.wait(0.1)  # no longer, for the sake of what is in no hurry
-            self.wake.clear()
-            group, answers = [self.queue.popleft() for _ in range(len(self.queue))], []
-            try:
-                with self.env.begin(write=bool(group)) as txn:
-                    operations = Operations(txn, self.keys, self.journal)
-                    for operation, args, _ in group:
-                        try:
-                            answers.append(operation(operations, *args))
-                        except HTTPError as refusal:
-                            answers.append(refusal)
-            except lmdb.Error as error:  # say, no space: all fail, but settles are tried again
-                answers = [HTTPError(503, f"the index cannot be written: {error}")] * len(group)
-                self.queue += [(do, args, None) for do, args, _ in group if do is Operations.settle]
-            for (_, _, future), answer in zip(group, answers, strict=True):
-                if future and not future.get_loop().is_closed():
-                    refused = isinstance(answer, HTTPError)
-                    tell = future.set_exception if refused else future.set_result
-                    future.get_loop().call_soon_threadsafe(tell, answer)
+    async def flush(self) -> None:
+        """Group commit: what queues up while one group is being synced is the next."""
+        while self.queue:
+            group, self.queue, self.kept = self.kept + self.queue, [], []
+            answers = await asyncio.to_thread(self.commit, group)
+            for (*_, future), answer in zip(group, answers, strict=True):
+                if not future.done():  # as is one that was kept
+                    refused = isinstance(answer, Exception)
+                    (future.set_exception if refused else future.set_result)(answer)
+        self.flushing = None
+
+    def commit(self, group: list[tuple]) -> list[Any]:
+        """Run operations in one transaction, on disk at the end: their answers, or exceptions."""
+        answers: list[Any] = []
+        try:
+            with self.env.begin(write=bool(group)) as txn:
+                for operation, key, args, now, _ in group:
+                    try:
+                        answers.append(self.change(txn, operation, key, args, now))
+                    except (HTTPError, ValueError) as error:
+                        answers.append(error)
+        except lmdb.Error as error:  # say, no space: nothing is done, but settles are not given up
+            self.kept = [job for job in group if job[0] is Row.settle]
+            failure = HTTPError(503, f"the index cannot be written: {error}")
+            answers = [() if job in self.kept else failure for job in group]
+        return answers
+
+    def change(
+        self, txn: lmdb.Transaction, operation: Callable, key: bytes, args: tuple, now: float
+    ):
+        """Put the row that an operation makes in the place of the old one; returns its answer."""
+        old = self.look(key, txn)
+        new, answer = operation(old, *args)
+        if new.record != old.record:
+            txn.put(key, new.record.text(), db=self.keys)
+        if not new.record.replicas:
+            txn.delete(key, db=self.keys)
+        fresh = (old.owner and not new.owner) or not set(new.replicas) <= set(old.replicas)
+        text = f"{new.owner} {now if fresh else old.since!r} ".encode()
+        txn.put(key, text + Record(new.replicas).text(), db=self.journal)
+        if not new.owner and not new.replicas:
+            txn.delete(key, db=self.journal)
+        return answer
 
 
 # --- http -----------------------------------------------------------------------------------------
@@ -335,6 +325,7 @@ REQUEST = re.compile(
     rb"([A-Z]+) (?:http://[^/?#\x00-\x20\x7f]*)?(/[^?#\x00-\x20\x7f]*)(?:\?([^#\x00-\x20\x7f]*))?"
     rb" HTTP/1\.([01])"
 )
+READ = re.compile(rb"(GET|HEAD) (/[^?#\x00-\x20\x7f]*) HTTP/1\.1\r\n(.*)\r\n\r\n", re.DOTALL)
 STATUS = re.compile(rb"HTTP/1\.[01] ([1-5][0-9][0-9])(?: .*)?")
 FIELD = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([\t\x20-\x7e\x80-\xff]*)")
 CHUNK = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?")
@@ -342,42 +333,54 @@ TEXT = "Content-Type: text/plain; charset=utf-8\r\n"
 STREAM = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
 
 
-def parse_head(lines: list[bytes], kind: re.Pattern) -> tuple[re.Match, dict, int]:
-    """First line, fields by lower-case name, body length (None: chunked). 400, 431, 501."""
-    require(len(lines) - 1 <= MAX_FIELDS, 431, f"a head has at most {MAX_FIELDS} fields")
-    require(lines and (first := kind.fullmatch(lines[0])), 400, "malformed first line")
-    fields: dict[bytes, bytes] = {}
-    for line in lines[1:]:  # a FIELD is not folded, has no space before the colon, no bare CR
-        require(match := FIELD.fullmatch(line), 400, "malformed header field")
+@functools.lru_cache(maxsize=256)  # a connection repeats its fields, and clients each other's
+def parse_fields(block: bytes) -> tuple[dict[bytes, bytes], int | None, bool]:
+    """Fields by lower-case name, body length (None: chunked), whether it closes. 400, 431, 501."""
+    lines, fields = block.split(b"\r\n") if block else [], {}
+    require(len(lines) <= MAX_FIELDS, 431, f"a head has at most {MAX_FIELDS} fields")
+    for line in lines:
+        match = FIELD.fullmatch(line)  # not folded, no space before the colon, no bare CR or LF
+        require(match, 400, "malformed header field")
         name, value = match[1].lower(), match[2].rstrip(b" \t")
         fields[name] = fields[name] + b"," + value if name in fields else value
     coding, length = fields.get(b"transfer-encoding"), fields.get(b"content-length", b"0")
     require(re.fullmatch(rb"[0-9]{1,18}", length), 400, "malformed Content-Length")
     require(not coding or b"content-length" not in fields, 400, "two lengths of one body")
     require(coding is None or coding.lower() == b"chunked", 501, "the only coding is chunked")
-    return first, fields, int(length) if coding is None else None
+    options = fields.get(b"connection", b"").lower().replace(b" ", b"").split(b",")
+    return fields, int(length) if coding is None else None, b"close" in options
 
 
 class Request(NamedTuple):  # the head of a request
     method: str
     path: bytes  # percent-encoded, as sent
     query: bytes | None
-    fields: dict[bytes, bytes]
+    fields: dict[bytes, bytes]  # shared with others
     length: int | None  # bytes of the body, None: chunked
     close: bool  # the connection ends with the answer
 
 
-def parse_request(lines: list[bytes]) -> Request:
-    """The request that begins with these lines; RFC 9112, 3 and 9.6. 400, 417, 431, 501."""
-    first, fields, length = parse_head(lines, REQUEST)
+def parse_request(head: bytes) -> Request:
+    """The request with this head; RFC 9112, 3 and 9.6. 400, 431, 501."""
+    line, _, block = head.partition(b"\r\n")
+    require(first := REQUEST.fullmatch(line), 400, "malformed first line")
     method, path, query, minor = first.groups()
-    hosts, expects = fields.get(b"host", b","), fields.get(b"expect", b"100-continue").lower()
-    require(minor == b"0" or b"," not in hosts, 400, "no Host, or more than one")
+    fields, length, close = parse_fields(block)
+    require(minor == b"0" or b"," not in fields.get(b"host", b","), 400, "no Host, or several")
     require(minor == b"1" or length is not None, 400, "chunked in HTTP/1.0")
-    require(expects == b"100-continue", 417, "nothing but 100-continue can be expected")
-    options = fields.get(b"connection", b"").lower().replace(b" ", b"").split(b",")
-    close = minor == b"0" or b"close" in options
-    return Request(method.decode(), path, query, fields, length, close)
+    return Request(method.decode(), path, query, fields, length, close or minor == b"0")
+
+
+def parse_key(path: bytes) -> bytes:
+    """The key that a path names. 400, 414."""
+    key = unquote_to_bytes(path) if b"%" in path else path
+    require(len(key) <= MAX_KEY, 414, f"a key has at most {MAX_KEY} bytes")
+    right = key is path or not re.search(rb"%(?![0-9A-Fa-f]{2})", path)
+    right = (
+        right and len(key) > 1 and (key.isascii() or key.decode(errors="ignore").encode() == key)
+    )
+    require(right, 400, "a key is a path of two bytes or more, UTF-8 and percent-encoded")
+    return key
 
 
 def response(status: int, fields: str = "", body: bytes = b"") -> bytes:
@@ -386,27 +389,16 @@ def response(status: int, fields: str = "", body: bytes = b"") -> bytes:
     return f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\n{length}{fields}\r\n".encode() + body
 
 
-def refusal(error: HTTPError) -> bytes:
+def refusal(error: HTTPError) -> bytes:  # as one line of plain text
     return response(error.status, TEXT + error.fields, error.reason.encode() + b"\n")
 
 
-async def read_line(reader: asyncio.StreamReader, status: int = 400) -> bytes:
-    """The next line, without its CR LF; `status` for one that is too long. EOFError."""
+async def read_until(reader: asyncio.StreamReader, end: bytes, status: int = 400) -> bytes:
+    """What comes before `end`; `status` when that is too long. EOFError."""
     try:
-        line = await reader.readuntil(b"\n")
+        return (await reader.readuntil(end))[: -len(end)]
     except asyncio.LimitOverrunError as error:
         raise HTTPError(status, f"over {MAX_HEAD} bytes") from error
-    require(line.endswith(b"\r\n"), 400, "a line ends in CR LF")
-    return line[:-2]
-
-
-async def read_lines(reader: asyncio.StreamReader) -> list[bytes]:
-    """The lines of a head, or trailers, up to the empty one. 400, 431, EOFError."""
-    lines: list[bytes] = []
-    while line := await read_line(reader, 431):
-        lines.append(line)
-        require(len(b"\r\n".join(lines)) < MAX_HEAD, 431, f"over {MAX_HEAD} bytes")
-    return lines
 
 
 async def read_body(reader: asyncio.StreamReader, length: int | None, seconds: float) -> Pieces:
@@ -414,37 +406,42 @@ async def read_body(reader: asyncio.StreamReader, length: int | None, seconds: f
     left, allowed = length, seconds  # to wait; BODY_RATE bytes earn one more
     while left or length is None:  # RFC 9112, 7.1
         began = time.monotonic()
-        async with asyncio.timeout(min(allowed, seconds)):
+        async with asyncio.timeout(allowed):
             if not left:
-                require(size := CHUNK.fullmatch(await read_line(reader)), 400, "malformed chunk")
+                size = CHUNK.fullmatch(await read_until(reader, b"\r\n"))
+                require(size, 400, "malformed chunk size")
                 left = int(size[1], 16)
             if not left:
-                trailers = await read_lines(reader)
-                require(all(map(FIELD.fullmatch, trailers)), 400, "malformed trailer")
+                while line := await read_until(reader, b"\r\n"):
+                    require(FIELD.fullmatch(line), 400, "malformed trailer")
                 return
             piece = await reader.read(min(left, READ_AHEAD))
             require(piece, 400, "the body ended early")
             left -= len(piece)
             if length is None and not left:
                 require(await reader.readexactly(2) == b"\r\n", 400, "a chunk too long")
-        allowed += began - time.monotonic() + len(piece) / BODY_RATE
+        allowed = min(seconds, allowed + began - time.monotonic() + len(piece) / BODY_RATE)
         yield piece
 
 
 class Wire(asyncio.StreamReaderProtocol):  # a connection, of a client or to a volume
     def __init__(self) -> None:
-        self.reader = asyncio.StreamReader(MAX_HEAD)  # longer lines fail; at the double it pauses
+        self.reader = asyncio.StreamReader(MAX_HEAD)  # longer heads fail; at the double it pauses
         super().__init__(self.reader)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
-        self.writer = asyncio.StreamWriter(transport, self, self.reader, asyncio.get_running_loop())
+        self.transport, loop = transport, asyncio.get_running_loop()
+        self.writer = asyncio.StreamWriter(transport, self, self.reader, loop)
 
 
 class Connection(Wire):  # of a client; what takes no waiting is answered on arrival, else by a task
     task: asyncio.Task | None = None
-    closing = False  # the last answer has been given
-    whole = True  # the body of the request has been read
+    closing, whole, path = (
+        False,
+        True,
+        b"-",
+    )  # after the last answer; the body was read; of a request
 
     def __init__(self, store: Any) -> None:
         super().__init__()
@@ -467,41 +464,30 @@ class Connection(Wire):  # of a client; what takes no waiting is answered on arr
     def answer_at_once(self, data: bytes) -> bool:
         """Answer a GET, if that is all there is, and nothing has to be waited for."""
         self.started = time.monotonic()
-        waits = self.store.draining or self.writer.transport.get_write_buffer_size()
-        if waits or data[:4] != b"GET " or not data.find(b"\r\n\r\n") == len(data) - 4 < MAX_HEAD:
-            return False
-        with contextlib.suppress(HTTPError):  # the task will meet it again
-            request = parse_request(data[:-4].split(b"\r\n"))
-            if request.length == 0 and not request.close and request.query is None:
-                answer = self.store.answer(request, None)
-                if isinstance(answer, bytes):
-                    self.respond(answer, request)
+        lone = len(data) <= MAX_HEAD and READ.fullmatch(data)
+        if lone and not self.transport.get_write_buffer_size():
+            with contextlib.suppress(HTTPError):  # the task will meet it again
+                fields, length, close = parse_fields(lone[3])
+                self.path = lone[2]
+                answer = self.store.get(parse_key(self.path), self.path)
+                if answer and length == 0 and not close and b"," not in fields.get(b"host", b","):
+                    self.respond(answer, lone[1].decode(), False)
                     return True
-                answer.close()
         return False
 
     async def converse(self) -> None:
         """Answer the requests in the reader, one after the other."""
         try:
             while self.reader._buffer and not self.closing:
-                self.started = time.monotonic()
-                async with asyncio.timeout(HEAD_TIME):
-                    lines = await read_lines(self.reader)
-                await self.serve(parse_request(lines))
-        except (HTTPError, TimeoutError) as error:
-            known = error if isinstance(error, HTTPError) else HTTPError(408, "too slow")
-            self.respond(refusal(known), None)
-        except BaseException as error:  # the client is gone, or there is a bug
-            self.writer.transport.abort()
-            if not isinstance(error, OSError | EOFError):
-                raise
-        if (self.closing or self.reader.at_eof()) and not self.writer.is_closing():
-            with contextlib.suppress(OSError):  # close() at once would reset the answer away
-                self.writer.write_eof()
+                await self.serve()
+            if self.closing or self.reader.at_eof():
+                self.writer.write_eof()  # close() at once would reset the answer away
                 async with asyncio.timeout(LINGER_TIME):
                     while await self.reader.read(READ_AHEAD):
                         pass
-            self.writer.close()
+                self.transport.close()
+        except (OSError, EOFError, RuntimeError):  # the client is gone, or might as well be
+            self.transport.abort()
         self.task = None
 
     async def body(self, request: Request) -> Pieces:
@@ -512,59 +498,61 @@ class Connection(Wire):  # of a client; what takes no waiting is answered on arr
             yield piece
         self.whole = True
 
-    async def serve(self, request: Request) -> None:
-        """Answer a request. OSError when the client does not take the answer."""
-        self.whole = request.length == 0
+    async def serve(self) -> None:
+        """Answer a request. EOFError, OSError when the client does not take the answer."""
+        self.started, method, close, stream = time.monotonic(), "-", True, None
         try:
+            async with asyncio.timeout(HEAD_TIME):
+                await self.writer.drain()
+                request = parse_request(await read_until(self.reader, b"\r\n\r\n", 431))
+            method, self.path, close = request.method, request.path, request.close
+            self.whole = request.length == 0
             answer = self.store.answer(request, None if self.whole else self.body(request))
-            while isinstance(answer, Awaitable):
-                answer = await answer
-        except HTTPError as error:
-            answer = refusal(error)
-        stream = None if isinstance(answer, bytes) else answer
-        framing = b"\r\n" if request.close else b"Transfer-Encoding: chunked\r\n\r\n"
-        self.respond(STREAM + framing if stream else answer, request)
-        if stream and request.method == "GET":
-            async for piece in stream:  # HTTP/1.0 knows no chunks
-                chunk = b"%x\r\n%b\r\n" % (len(piece), piece)
-                self.writer.write(piece if request.close else chunk)
-                await asyncio.sleep(0)
+            answer = await answer if isinstance(answer, Awaitable) else answer
+        except (HTTPError, TimeoutError) as error:
+            answer = refusal(error if isinstance(error, HTTPError) else HTTPError(408, "too slow"))
+        if not isinstance(answer, bytes):
+            framing = (
+                b"" if close else b"Transfer-Encoding: chunked\r\n"
+            )  # HTTP/1.0 knows no chunks
+            stream, answer = answer, STREAM + framing + b"\r\n"
+        self.respond(answer, method, close)
+        if stream and method == "GET":
+            async for piece in stream:
+                self.writer.write(piece if close else b"%x\r\n%b\r\n" % (len(piece), piece))
+                await asyncio.sleep(0)  # for the others
                 async with asyncio.timeout(IDLE_TIME):
                     await self.writer.drain()
-            self.writer.write(b"" if request.close else b"0\r\n\r\n")
+            self.writer.write(b"" if close else b"0\r\n\r\n")
 
-    def respond(self, answer: bytes, request: Request | None) -> None:
+    def respond(self, answer: bytes, method: str, close: bool) -> None:
         """Send an answer; it is the last one if anything speaks for that."""
-        store, seconds = self.store, time.monotonic() - self.started
-        method, status = request.method if request else "-", answer[9:12].decode()
+        store, status = self.store, answer[9:12]
         store.requests[method, status] += 1
-        store.seconds[method] += seconds
-        self.closing = not request or request.close or not self.whole or store.draining
-        if self.closing:
+        store.seconds[method] += time.monotonic() - self.started
+        if store.flags.v:
+            logging.info("%s %s %s", method, self.path.decode(), status.decode())
+        if close or store.draining or not self.whole:
+            self.closing = True
             answer = answer.replace(b"\r\n", b"\r\nConnection: close\r\n", 1)
         if method == "HEAD":
             answer = answer[: answer.find(b"\r\n\r\n") + 4]
-        if not self.writer.is_closing():
-            self.writer.write(answer)
+        self.writer.write(answer)
 
 
 # --- volumes --------------------------------------------------------------------------------------
-# The client of the volumes: pooled keep-alive connections, and trust in those that have answered.
-# That a volume does not answer is no exception, but status 0.
+# The client of the volumes: pooled keep-alive connections, trust in locations that have answered,
+# and a list of what is down. That a volume does not answer is no exception, but status 0.
 
 TROUBLE = OSError, EOFError, HTTPError, RuntimeError  # a timeout is the first, uvloop's the last
 
 
-class Link(Wire):  # to a volume, for one request at a time
-    heard = False  # something of the answer
+class Link(Wire):  # a connection to a volume, for one request at a time
+    kept, eof_received = False, asyncio.Protocol.eof_received  # when nginx closes, so do we
 
     def __init__(self, volumes: "Volumes", volume: str) -> None:
         super().__init__()
         self.volumes, self.volume = volumes, volume
-
-    def data_received(self, data: bytes) -> None:
-        self.heard = True
-        super().data_received(data)
 
     def connection_lost(self, error: Exception | None) -> None:
         super().connection_lost(error)
@@ -573,243 +561,330 @@ class Link(Wire):  # to a volume, for one request at a time
             self.volumes.distrust(self.volume)
 
 
-class Volumes:  # an answer from a location makes it trusted for `timeout` seconds
+class Volumes:  # what is known of them; a location that answers is trusted for `timeout` seconds
     def __init__(self, timeout: float) -> None:
         self.timeout, self.patience = timeout, timeout or 1.0
         self.idle: dict[str, list[Link]] = defaultdict(list)
         self.trusted: dict[str, float] = {}  # location → until when (monotonic)
-        self.down: set[str] = set()  # volumes that failed to answer when last asked
+        self.down: dict[str, tuple[float, float]] = {}  # volume or location → next try, pause
         self.probes: dict[str, asyncio.Task] = {}  # under way, by location
-
-    async def connect(self, location: str) -> Link:
-        volume = location.partition("/")[0]
-        host, _, port = volume.rpartition(":")
-        connect = asyncio.get_running_loop().create_connection
-        async with asyncio.timeout(self.patience):
-            _, link = await connect(lambda: Link(self, volume), host.strip("[]"), int(port))
-        link.writer.transport.set_write_buffer_limits(WRITE_AHEAD, WRITE_AHEAD - SMALL)
-        return link
-
-    async def request(self, method: str, location: str, path: str, body: bytes = b"") -> int:
-        """The status of an exchange; PUT has ten times the time."""
-        idle, link = self.idle[location.partition("/")[0]], None
-        pooled = bool(idle)
-        try:
-            async with asyncio.timeout(10 * self.patience if body else self.patience):
-                link = idle.pop() if pooled else await self.connect(location)
-                head = request_head(method, location, path, f"Content-Length: {len(body)}")
-                link.writer.write(head + body)
-                return await self.hear(link, method, location)
-        except TROUBLE as error:
-            if (
-                pooled and not link.heard and isinstance(error, ConnectionError | EOFError)
-            ):  # not taken
-                return await self.request(method, location, path, body)
-            return self.lost(location, link)
-
-    async def hear(self, link: Link, method: str, location: str) -> int:
-        """The status of an answer; it renews trust, or ends it. TROUBLE if it cannot be read."""
-        first, fields, length = parse_head(await read_lines(link.reader), STATUS)
-        status = int(first[1])
-        self.down.discard(link.volume)
-        if method != "HEAD" and status != 204:
-            async for _ in read_body(link.reader, length, self.patience):
-                pass  # an error page
-        if status in (200, 201, 204):
-            self.trusted[location] = time.monotonic() + self.timeout
-        elif status != 404:
-            self.trusted.pop(location, None)
-        link.heard = False
-        if fields.get(b"connection") == b"close" or len(self.idle[link.volume]) > 15:
-            link.writer.close()
-        else:
-            self.idle[link.volume].append(link)
-        return status
-
-    def lost(self, location: str, link: Link | None) -> int:
-        self.distrust(location.partition("/")[0])
-        self.down.add(location.partition("/")[0])
-        if link:
-            link.writer.transport.abort()  # of an upload that is cut short nginx keeps nothing
-        return 0
 
     def distrust(self, volume: str) -> None:
         """Ask all its locations before the next redirect to them."""
         self.trusted = {p: t for p, t in self.trusted.items() if p.partition("/")[0] != volume}
 
+    def mark(self, place: str, trouble: str) -> None:
+        """A volume does not answer, or a location takes no value; without trouble, it does."""
+        due, pause = self.down.get(place, (0.0, self.patience / 2))
+        if bool(trouble) != bool(due):
+            logging.warning("%s is %s", place, f"down: {trouble}" if trouble else "up again")
+        if not trouble:
+            self.down.pop(place, None)
+        elif due <= time.monotonic():
+            pause = min(2 * pause, 8 * self.patience)
+            self.down[place] = time.monotonic() + pause, pause
+
+    def takes(self, location: str) -> bool:
+        """Whether it makes sense to write there; once in a while, even if it did not last time."""
+        due, _ = self.down.get(location, (0.0, 0.0))
+        return location.partition("/")[0] not in self.down and due <= time.monotonic()
+
+    @contextlib.asynccontextmanager
+    async def exchange(
+        self, method: str, location: str, path: str, fields: str = "", fresh: bool = False
+    ) -> AsyncIterator[Link]:
+        """A connection on which a request has begun. TROUBLE with it is noted, and raised."""
+        volume, slash, drive = location.partition("/")
+        link = None if fresh or not self.idle[volume] else self.idle[volume].pop()
+        try:
+            if not link:
+                host, _, port = volume.rpartition(":")
+                connect = asyncio.get_running_loop().create_connection
+                async with asyncio.timeout(self.patience):
+                    _, link = await connect(lambda: Link(self, volume), host.strip("[]"), int(port))
+                link.transport.set_write_buffer_limits(WRITE_AHEAD, WRITE_AHEAD - SMALL)
+            head = f"{method} {slash}{drive}{path} HTTP/1.1\r\nHost: {volume}\r\n{fields}\r\n"
+            link.writer.write(head.encode())
+            yield link
+            if link.kept and len(self.idle[volume]) < 64:
+                self.idle[volume].append(link)
+                link = None
+        except TROUBLE as error:
+            self.distrust(volume)
+            place = location if link and link.reader._buffer else volume  # it may answer too early
+            self.mark(place, str(error) or repr(error))
+            raise
+        finally:
+            if link:
+                link.transport.abort()  # of an upload that is cut short nginx keeps nothing
+
+    async def hear(self, link: Link, method: str, location: str) -> tuple[int, int | None]:
+        """Status and body length of the answer; it renews trust, or ends it. TROUBLE."""
+        line, _, block = (await read_until(link.reader, b"\r\n\r\n")).partition(b"\r\n")
+        require(first := STATUS.fullmatch(line), 400, "malformed status line")
+        (_, length, close), status = parse_fields(block), int(first[1])
+        link.kept = not close
+        self.mark(link.volume, "")
+        if status >= 500 or method == "PUT":
+            self.mark(location, "" if status == 201 else f"it answers {status}")
+        if status < 300:
+            self.trusted[location] = time.monotonic() + self.timeout
+        elif status != 404:
+            self.trusted.pop(location, None)
+        return status, length
+
+    async def request(
+        self, method: str, location: str, path: str, fields: str = "", body: Callable | None = None
+    ) -> tuple[int, int | None]:
+        """Status, or 0, and length of the answer. `body` gives the next piece, b"" after the last."""
+        seconds, fresh = self.patience * (10 if body else 1), "close" in fields
+        try:
+            async with self.exchange(method, location, path, fields, fresh) as link:
+                while body and (piece := await body()):
+                    async with asyncio.timeout(seconds):
+                        link.writer.write(piece)
+                        await link.writer.drain()
+                async with asyncio.timeout(seconds):
+                    status, length = await self.hear(link, method, location)
+                    rest = 0 if method == "HEAD" or status == 204 else length
+                    async for _ in read_body(link.reader, rest, seconds):
+                        pass  # an error page
+            return status, length
+        except TROUBLE:
+            return 0, None
+
+    async def read(self, location: str, path: str) -> Pieces:
+        """The bytes of a file, streamed. 404, 503."""
+        try:
+            async with self.exchange("GET", location, path) as link:
+                async with asyncio.timeout(self.patience):
+                    status, length = await self.hear(link, "GET", location)
+                async for piece in read_body(link.reader, length, 10 * self.patience):
+                    if status == 200:
+                        yield piece
+        except TROUBLE as error:
+            raise HTTPError(503, f"{location} does not give {path}: {error!r}") from error
+        require(status == 200, 404 if status == 404 else 503, f"{location} answers {status}")
+
     async def write(self, path: str, places: list, length: int | None, body: Pieces) -> tuple:
         """PUT a body to all places in one pass: statuses, size, md5. Raises what it raises."""
-        size, md5, statuses, links = 0, hashlib.md5(), {}, {}
-        framing = f"Content-Length: {length}" if length else "Transfer-Encoding: chunked"
-        framing += "\r\nConnection: close"
-        if length and length <= SMALL:
-            data = b"".join([piece async for piece in body])
-            puts = [self.request("PUT", place, path, data) for place in places]
-            statuses = dict(zip(places, await asyncio.gather(*puts), strict=True))
-            return statuses, length, hashlib.md5(data)
+        size, md5, queues = 0, hashlib.md5(), {place: asyncio.Queue(1) for place in places}
+        fields = f"Content-Length: {length}\r\n" if length else "Transfer-Encoding: chunked\r\n"
+        fields += "" if length and length <= SMALL else "Connection: close\r\n"
 
-        async def step(place: str, data: bytes | None) -> None:
-            try:
-                async with asyncio.timeout(10 * self.patience):
-                    if place not in links:
-                        links[place] = await self.connect(place)
-                        links[place].writer.write(request_head("PUT", place, path, framing))
-                    if data is None:  # all is sent
-                        statuses[place] = await self.hear(links[place], "PUT", place)
-                        del links[place]
-                    else:
-                        links[place].writer.write(data)
-                        await links[place].writer.drain()
-            except TROUBLE:
-                statuses[place] = self.lost(place, links.pop(place, None))
+        async def upload(place: str) -> tuple[str, int]:
+            status, _ = await self.request("PUT", place, path, fields, queues[place].get)
+            queue = queues.pop(place)
+            while not queue.empty():  # who waits for room in it goes on
+                queue.get_nowait()
+            return place, status
 
-        async def pass_on(data: bytes | None) -> None:
-            await asyncio.gather(*(step(place, data) for place in places if place not in statuses))
-
+        tasks = [asyncio.create_task(upload(place)) for place in places]
         try:
-            await pass_on(b"")
             async for piece in body:
-                await pass_on(piece if length else b"%x\r\n%b\r\n" % (len(piece), piece))
                 size += len(piece)
                 md5.update(piece)
-                require(len(statuses) < len(places), 503, "no volume took the value")
-            await pass_on(b"" if length else b"0\r\n\r\n")
-            await pass_on(None)
+                for queue in list(queues.values()):
+                    await queue.put(piece if length else b"%x\r\n%b\r\n" % (len(piece), piece))
+                require(queues, 503, "no volume takes the value")
+            for queue in list(queues.values()):
+                await queue.put(b"" if length else b"0\r\n\r\n")
+                await queue.put(b"")
+            return dict(await asyncio.gather(*tasks)), size, md5
         finally:
-            for link in links.values():
-                link.writer.transport.abort()
-        return statuses, size, md5
+            for task in tasks:
+                task.cancel()
 
-    def probe(self, location: str, path: str) -> None:
-        """Ask a location for a file in the background, unless it is being asked for one."""
-        if location not in self.probes:
-            self.probes[location] = asyncio.create_task(self.request("HEAD", location, path))
-            self.probes[location].add_done_callback(lambda _: self.probes.pop(location))
-
-
-def request_head(method: str, location: str, path: str, framing: str) -> bytes:
-    """The head of a request to a volume."""
-    volume, slash, folder = location.partition("/")
-    head = f"{method} {slash}{folder}{path} HTTP/1.1\r\nHost: {volume}\r\n{framing}\r\n\r\n"
-    return head.encode()
+    def probe(self, place: str, path: str = "/") -> None:
+        """Ask a place for a file in the background, unless it is being asked for one."""
+        if place not in self.probes:
+            self.probes[place] = asyncio.create_task(self.request("HEAD", place, path))
+            self.probes[place].add_done_callback(lambda _: self.probes.pop(place))
 
 
 # --- store ----------------------------------------------------------------------------------------
 # The verbs. An operation of the index decides; all else is work on files that the journal lists.
 # Neither sockets nor LMDB are to be seen from here.
 
+NO_KEY = refusal(HTTPError(404, "no such key"))
+
 
 class Store:  # an index, volumes, and the flags that say how to use them
     def __init__(self, flags: argparse.Namespace, index: Index) -> None:
         self.flags, self.index, self.volumes = flags, index, Volumes(flags.voltimeout)
-        self.home = lambda k: key2volume(k, flags.volumes, flags.replicas, flags.subvolumes)
         self.redirects = functools.lru_cache(maxsize=4096)(self.make_redirects)
         self.connections: set[Connection] = set()
         self.draining = False  # if so, the next answer on each connection is the last
         self.requests, self.seconds = Counter(), Counter()  # by method and status; by method
-        self.received, self.lag = 0, 0.0  # bytes, seconds
+        self.received, self.waiting = 0, 0  # bytes of bodies; files that could not be deleted
+        self.lag, self.ticked = 0.0, time.monotonic()  # seconds; of the last round
+
+    def ranking(self, key: bytes, count: int | None = None) -> list[str]:
+        """All locations for a key, best first; or the first `count`."""
+        count = count or len(self.flags.volumes)
+        return key2volume(key, self.flags.volumes, count, self.flags.subvolumes)
 
     def answer(self, request: Request, body: Pieces | None) -> Any:
         """The answer to a request: bytes, a coroutine of bytes, or a stream. HTTPError."""
         if request.query is not None:
             return self.ask(request)
-        key = unquote_to_bytes(request.path)
-        require(len(key) <= MAX_KEY, 414, f"a key has at most {MAX_KEY} bytes")
-        escaped = not re.search(rb"%(?![0-9A-Fa-f]{2})", request.path)
-        valid = escaped and len(key) > 1 and key.decode(errors="ignore").encode() == key
-        require(valid, 400, "a key is a path of two bytes or more, UTF-8 and percent-encoded")
-        if request.method in ("GET", "HEAD"):
-            return self.get(key, request.path)
-        if request.method == "PUT":
+        key, verb = parse_key(request.path), request.method
+        if verb in ("GET", "HEAD"):
+            return self.get(key, request.path) or self.find(key, request.path)
+        require(verb in METHODS, 405, "no such method", f"Allow: {', '.join(METHODS)}\r\n")
+        if verb == "PUT":
             return self.put(key, request, body)
-        if request.method in ("DELETE", "UNLINK"):
-            return self.remove(key, request.method)
-        raise HTTPError(405, "no such method", "Allow: GET, HEAD, PUT, DELETE, UNLINK\r\n")
+        return self.move(key) if verb == "REBALANCE" else self.remove(key, verb)
 
-    def get(self, key: bytes, path: bytes) -> bytes | Coroutine:
-        """302 to a trusted replica, picked at random; trust that ran out is renewed on the side."""
-        text, now = self.index.get(key), time.monotonic()
+    def get(self, key: bytes, path: bytes) -> bytes | None:
+        """302 to a trusted replica, picked at random, if there is one; its trust is kept up. 404."""
+        text = self.index.get(key)
         redirects = self.redirects(key, text) if text else ()
         if not redirects:
-            if not self.flags.fallback:
-                return refusal(HTTPError(404, "no such key"))
             target = quote(path, safe="%/:@!$&'()*+,;=~")  # as it was sent, but ASCII
-            return response(302, f"Location: http://{self.flags.fallback}{target}\r\n")
-        trust = [(self.volumes.trusted.get(each[0], 0) - now, each) for each in redirects]
-        ready = [answer for left, (_, _, answer) in trust if left > 0]
-        if not ready:
-            return self.find(key, path, text)
-        for left, (location, file, _) in trust:
-            if left < self.volumes.timeout / 4:
+            other = f"Location: http://{self.flags.fallback}{target}\r\n"
+            return response(302, other) if self.flags.fallback else NO_KEY
+        trusted, now, late = self.volumes.trusted, time.monotonic(), self.volumes.timeout / 4
+        for location, file, _ in redirects:
+            if trusted.get(location, 0) < now + late and self.volumes.takes(location):
                 self.volumes.probe(location, file)
-        return random.choice(ready)
+        ready = [answer for location, _, answer in redirects if trusted.get(location, 0) > now]
+        return random.choice(ready) if ready else None
 
     def make_redirects(self, key: bytes, text: bytes) -> list[tuple[str, str, bytes]]:
         """(location, path, answer to GET) for each replica; none when the key is unlinked."""
         record = parse_record(text)
         places = [replica.location for replica in record.replicas]
-        balance = "balanced" if places == self.home(key) else "unbalanced"
+        balance = "balanced" if places == self.ranking(key, self.flags.replicas) else "unbalanced"
         fields = f"Key-Volumes: {','.join(places)}\r\nKey-Balance: {balance}\r\n"
         fields += f"Content-Md5: {record.hash}\r\n" if record.hash else ""
         files = [(place, key2path(key, write_id)) for place, write_id in record.replicas]
         answers = [response(302, f"Location: http://{p}{file}\r\n{fields}") for p, file in files]
         return [(*f, a) for f, a in zip(files, answers, strict=True) if not record.deleted]
 
-    async def find(self, key: bytes, path: bytes, text: bytes) -> bytes | Coroutine:
+    async def find(self, key: bytes, path: bytes) -> bytes:
         """GET when no replica is trusted: ask all of them, the first that is there will do."""
-        redirects = self.redirects(key, text)
-        tasks = [asyncio.create_task(self.volumes.request("HEAD", p, f)) for p, f, _ in redirects]
-        for asked in asyncio.as_completed(tasks):
-            await asked
-            for task, (_, _, answer) in zip(tasks, redirects, strict=True):
-                if task.done() and task.result() == 200:
-                    return answer
-        require({task.result() for task in tasks} == {404}, 503, "no replica can be reached")
-        require(self.index.get(key) != text, 404, "the volumes have no such file")
-        return self.get(key, path)  # deleted or moved while we asked: once more
+        text, statuses = self.index.get(key), set()
+
+        async def ask(place: str, file: str, answer: bytes) -> tuple[int, bytes]:
+            return (await self.volumes.request("HEAD", place, file))[0], answer
+
+        for asked in asyncio.as_completed(
+            [ask(*each) for each in self.redirects(key, text or b"")]
+        ):
+            status, answer = await asked
+            if status == 200:
+                return answer
+            statuses.add(status)
+        if not text or self.index.get(key) != text:  # deleted or moved meanwhile: once more
+            return self.get(key, path) or await self.find(key, path)
+        require(statuses == {404}, 503, "no replica can be reached")
+        raise HTTPError(404, "the volumes have no such file")
 
     async def put(self, key: bytes, request: Request, body: Pieces | None) -> bytes:
         """201: `replicas` volumes have the whole value, and the index has it on disk."""
         require(request.length != 0, 411, "a value has at least one byte, and a length or chunks")
-        places, owner, write_id = self.home(key), self.index.owner(), None
-        do, given = self.index.do, request.fields.get(b"content-md5", b"")
-        valid = re.fullmatch(rb"([0-9A-Fa-f]{32}|[0-9A-Za-z+/]{22}==)?", given)  # or RFC 1864's
-        require(valid, 400, "malformed Content-MD5")
-        try:
-            write_id = await do(Operations.claim, key, owner, places, time.time(), None)
-            path = key2path(key, write_id)
-            statuses, size, md5 = await self.volumes.write(path, places, request.length, body)
-            failed = ", ".join(f"{place}: {statuses[place]}" for place in places)
-            require(set(statuses.values()) == {201}, 503, f"not all replicas are written, {failed}")
+        ranking, count = self.ranking(key), self.flags.replicas
+        able = [place for place in ranking if self.volumes.takes(place)]
+        require(len(able) >= count, 503, f"of {count} volumes needed {len(able)} can be written")
+        async with self.making(key, able[:count], None) as (owner, write_id):
+            path, todo = key2path(key, write_id), able[:count]
+            statuses, size, md5 = await self.volumes.write(path, todo, request.length, body)
             require(size, 411, "a value has at least one byte")
-            digest = md5.hexdigest()
-            right = b"", digest.encode(), base64.b64encode(md5.digest())
+            given, digest = request.fields.get(b"content-md5", b""), md5.hexdigest()
+            right = b"", digest.encode(), base64.b64encode(md5.digest())  # hex, or as RFC 1864
             same = given in right or given.lower() in right
             require(same, 400, f"Content-MD5 does not match: it is {digest}")
-            replicas = tuple(Replica(place, write_id) for place in places)
+            made = [place for place in todo if statuses[place] == 201]
+            for place in able[count:]:
+                if 0 < len(made) < count:
+                    logging.warning("%s has a stand-in at %s", key.decode(), place)
+                    await self.index.do(Row.extend, key, owner, Replica(place, write_id))
+                    copy = self.volumes.read(made[0], path)
+                    copied, _, _ = await self.volumes.write(path, [place], size, copy)
+                    made += [place] if copied[place] == 201 else []
+            require(len(made) == count, 503, f"{count} replicas cannot be made: {statuses}")
+            replicas = tuple(Replica(p, write_id) for p in sorted(made, key=ranking.index))
             record = Record(replicas, size, write_id, digest if self.flags.md5sum else "")
-            await do(Operations.commit, key, owner, record, None, time.time())
-        except BaseException:  # the index, after all that was queued, says what is to be undone
-            listed = await do(Operations.settle, key, owner, (), time.time())
-            await self.erase(key, [r for r in listed if r.write_id == write_id], (204,))
-            raise
+            await self.index.do(Row.commit, key, owner, record, None)
         return response(201)
 
-    async def erase(self, key: bytes, replicas: Sequence[Replica], proof: Sequence[int]) -> None:
-        """Delete files where that can be done; a status in `proof` shows that one is gone."""
-        files = [(location, key2path(key, write_id)) for location, write_id in replicas]
-        statuses = await asyncio.gather(*(self.volumes.request("DELETE", *file) for file in files))
-        gone = [r for r, status in zip(replicas, statuses, strict=True) if status in proof]
-        if gone:
-            self.index.do(Operations.settle, key, "", gone, time.time(), later=True)
+    @contextlib.asynccontextmanager
+    async def making(self, key: bytes, places: list, old: Record | None) -> AsyncIterator[tuple]:
+        """A claim: (owner, write id). Unless the block commits, what it made is deleted.
+
+        What that is the index says, after all that was queued: so never what a record names.
+        """
+        owner, write_id = self.index.owner(), None
+        try:
+            write_id = await self.index.do(Row.claim, key, owner, places, old, time.time())
+            yield owner, write_id
+        except BaseException:
+            listed = await self.index.do(Row.settle, key, owner, ())
+            await self.erase(key, [r for r in listed if r.write_id == write_id], (204,))
+            raise
+
+    async def erase(self, key: bytes, replicas: Sequence[Replica], proof: Sequence[int]) -> int:
+        """Delete files where that can be done: how many. A status in `proof` shows one gone."""
+        files = [r for r in replicas if r.location.partition("/")[0] not in self.volumes.down]
+        ask = [self.volumes.request("DELETE", p, key2path(key, write_id)) for p, write_id in files]
+        answers = await asyncio.gather(*ask)
+        gone = [r for r, answer in zip(files, answers, strict=True) if answer[0] in proof]
+        if gone:  # nobody has to wait for that to be on disk
+            self.index.do(Row.settle, key, "", gone)
+        return len(gone)
 
     async def remove(self, key: bytes, method: str) -> bytes:
         """204: no GET finds the key. After DELETE its files go too, sooner or later."""
         if method == "UNLINK":
-            await self.index.do(Operations.unlink, key)
+            await self.index.do(Row.unlink, key)
         else:
-            record = await self.index.do(Operations.remove, key, self.flags.protect, time.time())
+            record = await self.index.do(Row.remove, key, self.flags.protect)
             await self.erase(key, record.replicas, (204, 404))
+        return response(204)
+
+    async def examine(self, key: bytes, record: Record, deep: bool) -> dict[Replica, dict]:
+        """What verify reports of each replica: nothing, or that it is missing, of wrong size, …"""
+
+        async def verdict(place: str, write_id: str) -> dict[str, Any]:
+            path, md5 = key2path(key, write_id), hashlib.md5()
+            status, size = await self.volumes.request("HEAD", place, path)
+            if status != 200:
+                return {"finding": "missing" if status == 404 else "unreachable"}
+            if record.size not in (None, size):
+                return {"finding": "size", "expected": record.size, "found": size}
+            if deep and record.hash:
+                async for piece in self.volumes.read(place, path):
+                    md5.update(piece)
+            if deep and record.hash not in ("", md5.hexdigest()):
+                return {"finding": "md5", "expected": record.hash, "found": md5.hexdigest()}
+            return {}
+
+        verdicts = await asyncio.gather(*(verdict(*replica) for replica in record.replicas))
+        return dict(zip(record.replicas, verdicts, strict=True))
+
+    async def move(self, key: bytes, deep: bool = False) -> bytes:
+        """204: all its ideal locations have the key, and no other. 404, 409, 503."""
+        old = self.index.look(key).record
+        require(old.replicas, 404, "no such key")
+        verdicts, home = await self.examine(key, old, deep), self.ranking(key, self.flags.replicas)
+        good = {r.location: r for r, finding in verdicts.items() if not finding}
+        silent = [r.location for r, f in verdicts.items() if f.get("finding") == "unreachable"]
+        require(good and not set(home) & set(silent), 503, f"no answer from {silent}")
+        missing = [place for place in home if place not in good]
+        if missing or [r.location for r in old.replicas] != home:
+            async with self.making(key, missing, old) as (owner, write_id):
+                size, source = old.size, random.choice(list(good.values()))
+                if missing:
+                    copy = self.volumes.read(source.location, key2path(key, source.write_id))
+                    path = key2path(key, write_id)
+                    statuses, size, md5 = await self.volumes.write(path, missing, size, copy)
+                    require(set(statuses.values()) == {201}, 503, f"cannot be copied: {statuses}")
+                    right = old.size in (None, size) and old.hash in ("", md5.hexdigest())
+                    require(right, 503, f"what {source.location} holds is not the value")
+                replicas = tuple(good.get(place, Replica(place, write_id)) for place in home)
+                new = old._replace(replicas=replicas, size=size)
+                await self.index.do(Row.commit, key, owner, new, old)
         return response(204)
 
     def ask(self, request: Request) -> bytes | Pieces:
@@ -826,12 +901,12 @@ class Store:  # an index, volumes, and the flags that say how to use them
         require(words in ({"list"}, {"unlinked"}), 400, "no such query: try ?list")
         return self.list(unquote_to_bytes(request.path), start, limit, "unlinked" in words)
 
-    async def list(self, prefix: bytes, start: bytes, limit: int, unlinked: bool) -> AsyncIterator:
+    async def list(self, prefix: bytes, start: bytes, limit: int, unlinked: bool) -> Pieces:
         """The JSON of the keys with a prefix, from `start` on, a thousand at a time."""
         yield b'{"keys": ['
         comma = ""
         for rows in self.index.walk(self.index.keys, max(prefix, start)):
-            shown = [key for key, record in rows if (record[:7] == b"DELETED") == unlinked]
+            shown = [key for key, text in rows if text.startswith(b"DELETED") == unlinked]
             keys = [key.decode() for key in shown if key.startswith(prefix)]
             page, following = keys[:limit], "".join(keys[limit : limit + 1])
             yield (comma + json.dumps(page)[1:-1] if page else " ").encode()  # never empty
@@ -842,48 +917,262 @@ class Store:  # an index, volumes, and the flags that say how to use them
 
     def metrics(self) -> bytes:
         """What an operator watches, for Prometheus; of this process, but for keys and journal."""
+        up = set(self.flags.volumes) - set(self.volumes.down)
         label, times = 'requests_total{{method="{}",status="{}"}}', self.seconds.items()
-        values = {label.format(*which): count for which, count in self.requests.items()}
+        values = {label.format(m, status.decode()): n for (m, status), n in self.requests.items()}
         values |= {f'request_seconds_total{{method="{method}"}}': spent for method, spent in times}
         values |= {"received_bytes_total": self.received, "event_loop_lag_seconds": self.lag}
-        rows = {"keys": self.index.keys, "journal_entries": self.index.journal}
-        values |= {name: self.index.count(table) for name, table in rows.items()}
-        values |= {"connections": len(self.connections), "volumes": len(self.flags.volumes)}
-        values |= {"volumes_up": len(self.flags.volumes) - len(self.volumes.down)}
-        return "".join(f"mkv_{name} {value}\n" for name, value in sorted(values.items())).encode()
+        values |= {"keys": self.index.count(self.index.keys), "connections": len(self.connections)}
+        values |= {"volumes": len(self.flags.volumes), "volumes_up": len(up)}
+        values |= {"journal_entries": self.index.count(self.index.journal)}
+        return "".join(f"mkv_{name} {value}\n" for name, value in values.items()).encode()
 
     async def sweep(self) -> None:
-        """For ever: delete garbage older than `grace`, evict the dead, end idle connections. Until
-        `settle` has passed, 404 does not prove a file gone: it is asked for again, ever later.
+        """Delete garbage older than `grace`, the older the more seldom; evict owners that are dead.
+        Until `settle` has passed, 404 does not prove a file gone: a late PUT may still land.
         """
-        grace, last, owners = max(self.flags.grace, 0.01), 0.0, set()
-        while True:
-            with contextlib.suppress(HTTPError):  # the index is full: later
-                await self.index.evict_dead(owners)
-            owners, now, called = set(), time.time(), time.monotonic()
-            for rows in self.index.walk(self.index.journal):
-                work = []
-                for key, entry in [(key, parse_entry(text)) for key, text in rows]:
-                    age, before = now - entry.since, max(0.0, last - entry.since)
-                    final = age > self.flags.settle
-                    again = int(age / grace).bit_length() > int(before / grace).bit_length()
-                    if entry.owner:
-                        owners.add(entry.owner.partition(".")[0])
-                    elif age >= grace and (final or again):
-                        work.append(self.erase(key, entry.replicas, (204, 404)[: 1 + final]))
-                for start in range(0, len(work), 32):
-                    await asyncio.gather(*work[start : start + 32])
-            self.index.env.reader_check()  # a reader that was killed pins old pages
-            for connection in list(self.connections):
-                if not connection.task and called - connection.started > IDLE_TIME:
-                    connection.writer.transport.abort()
-            last, called, pause = now, time.monotonic(), min(5.0, grace / 2 + 0.05)
-            await asyncio.sleep(pause)
-            self.lag = time.monotonic() - called - pause
+        now, grace, owners, left = time.time(), max(self.flags.grace, 0.01), set(), 0
+        for rows in self.index.walk(self.index.journal):
+            work = []
+            for key, row in [(key, self.index.look(key)) for key, _ in rows]:
+                age = now - row.since
+                if row.owner:
+                    owners.add(row.owner.partition(".")[0])
+                elif row.replicas and age >= grace and random.random() * age < 8 * grace:
+                    left += len(row.replicas)
+                    proof = (204, 404) if age > self.flags.settle else (204,)
+                    work.append(self.erase(key, row.replicas, proof))
+            await asyncio.sleep(0)  # for the others
+            for start in range(0, len(work), 32):
+                left -= sum(await asyncio.gather(*work[start : start + 32]))
+        if left and not self.waiting:
+            logging.warning("%d files still wait to be deleted", left)
+        self.waiting = left
+        self.index.env.reader_check()  # a reader that was killed pins old pages
+        await self.index.evict_dead(owners)
+
+    async def tick(self) -> None:
+        """Try what is down, end idle connections, see how late we are."""
+        now = time.monotonic()
+        self.lag, self.ticked = max(0.0, now - self.ticked - TICK), now
+        for place in [place for place, (due, _) in self.volumes.down.items() if due <= now]:
+            if "/" not in place:  # a location is tried by the next PUT
+                self.volumes.probe(place)
+        for connection in list(self.connections):
+            if not connection.task and now - connection.started > IDLE_TIME:
+                connection.writer.transport.abort()
+
+
+async def every(seconds: float, job: Callable) -> None:
+    """Do a job again and again, for at most a fifth of the time."""
+    while True:
+        began = time.monotonic()
+        with contextlib.suppress(HTTPError, OSError):  # no room, no descriptor: later
+            await job()
+        await asyncio.sleep(max(seconds, 4 * (time.monotonic() - began)))
+
+
+# --- maintenance ----------------------------------------------------------------------------------
+# rebuild, rebalance, verify: over all files, or all keys, in constant memory. What they find goes
+# to stdout as lines of JSON; how far they are, and what came of it, to stderr.
+
+
+async def in_parallel(jobs: Iterator[Coroutine], count: int) -> None:
+    """Run all jobs, `count` at a time. The first that fails ends it."""
+
+    async def work() -> None:
+        for job in jobs:
+            await job
+
+    workers = [asyncio.create_task(work()) for _ in range(count)]
+    try:
+        await asyncio.gather(*workers)
+    finally:
+        for worker in workers:
+            worker.cancel()
+        await asyncio.gather(*workers, return_exceptions=True)
+
+
+class Maintenance:
+    """One run of a command."""
+
+    def __init__(self, flags: argparse.Namespace, index: Index) -> None:
+        self.flags, self.index, self.store = flags, index, Store(flags, index)
+        self.ask, self.found = self.store.volumes.request, Counter()
+        self.done, self.total, self.began = 0, 256, time.monotonic()
+
+    def report(self, finding: str, key: bytes, replica: Replica | None, **more: Any) -> None:
+        """Print what is not as it should be, and where."""
+        self.found[finding] += 1
+        row = {"finding": finding, "key": key.decode()}
+        if replica:
+            row |= {"location": replica.location, "path": key2path(key, replica.write_id)}
+        print(json.dumps(row | more), flush=True)
+
+    async def progress(self) -> None:
+        """Tell how far it is; on a terminal always in the same line."""
+        rate, end = self.done / (time.monotonic() - self.began), "  \r" if TERMINAL else "\n"
+        left = f"{(self.total - self.done) / rate:.0f} s left" if rate else "starting"
+        line = f"{self.flags.command}: {self.done} of {self.total}, {rate:.0f}/s, {left}"
+        print(line, end=end, file=sys.stderr, flush=True)
+
+    async def run(self) -> int:
+        """Do it, and say in the last line what came of it: the exit status."""
+        asyncio.get_running_loop().add_signal_handler(signal.SIGINT, asyncio.current_task().cancel)
+        showing = asyncio.create_task(every(0.2 if TERMINAL else 10, self.progress))
+        try:
+            status = await getattr(self, self.flags.command)()
+        except asyncio.CancelledError:
+            status = 130
+        except HTTPError as error:
+            logging.error("%s", error)
+            status = 2
+        showing.cancel()
+        await self.progress()
+        found = ", ".join(f"{count} {finding}" for finding, count in sorted(self.found.items()))
+        logging.warning("%s: %s", self.flags.command, found or "nothing to report")
+        return status
+
+    async def for_keys(self, job: Callable) -> None:
+        """Run job(key, text) for every record."""
+        self.done, self.total = 0, self.index.count(self.index.keys)
+
+        async def one(key: bytes, text: bytes) -> None:
+            await job(key, text)
+            self.done += 1
+
+        rows = (row for rows in self.index.walk(self.index.keys) for row in rows)
+        await in_parallel((one(*row) for row in rows), 64)
+
+    async def list(self, location: str, folder: str) -> list[dict]:
+        """What is in a folder. 503 when that cannot be known, unless it does not matter."""
+        try:
+            pieces = [piece async for piece in self.store.volumes.read(location, quote(folder))]
+            return json.loads(b"".join(pieces).decode(errors="replace"))
+        except (HTTPError, ValueError) as error:
+            if getattr(error, "status", 503) == 404:
+                return []
+            self.report("unreachable", b"", None, location=location, reason=str(error))
+            partial = self.flags.partial or self.flags.command == "verify"
+            require(partial, 503, f"{location}{folder} cannot be listed, and nothing is changed")
+            return []
+
+    async def walk(self, folder: str, places: Sequence[str], job: Callable) -> None:
+        """Run job(key, {replica: size}) for all keys that have files below a folder of places."""
+        lists = await asyncio.gather(*(self.list(place, folder) for place in places))
+        folders, files = defaultdict(list), defaultdict(dict)
+        rows = [(p, row) for p, found in zip(places, lists, strict=True) for row in found]
+        for place, row in rows:
+            path = folder + row["name"]
+            try:
+                if row["type"] == "file":
+                    key, write_id = path2key(path)
+                    files[key][Replica(place, write_id)] = row["size"]
+                elif not re.fullmatch("/sv[0-9A-F]{2}", path):
+                    folders[path + "/"].append(place)
+            except ValueError:
+                self.report("name", b"", None, location=place, path=path)
+        for key, found in files.items():
+            await job(key, found)
+        await in_parallel((self.walk(path, folders[path], job) for path in sorted(folders)), 8)
+        self.done += len(folder) == 4
+
+    async def for_files(self, job: Callable) -> None:
+        """Run job(key, {replica: size}) for all keys of which there are files, in 256 parts."""
+        self.done, self.total, places = 0, 256, set(self.flags.volumes)
+        for volume in self.flags.volumes:
+            drives = {
+                row["name"] for row in await self.list(volume, "/") if row["name"][:2] == "sv"
+            }
+            expected = range(self.flags.subvolumes if self.flags.subvolumes > 1 else 0)
+            places |= {
+                f"{volume}/{drive}" for drive in drives.union(map("sv{:02X}".format, expected))
+            }
+        await self.walk("/", sorted(places), job)
+
+    async def rebuild(self) -> int:
+        """Make a new index from the files, beside the old one, and put it in its place."""
+        folder, old = self.flags.db / "rebuild", self.index
+        shutil.rmtree(folder, ignore_errors=True)
+        new, known = Index(folder), old.count(old.keys) or self.flags.adopt_garbage
+
+        async def adopt(key: bytes, files: dict[Replica, int]) -> None:
+            record, listed, before = *old.look(key)[::3], new.look(key).record
+            files |= dict.fromkeys(before.replicas, before.size)  # of a name that was cut elsewhere
+            files = {r: size for r, size in files.items() if r not in listed}
+            newest = max((r.write_id[:8] for r in files), default="")
+            sizes = Counter(size for r, size in files.items() if r.write_id[:8] == newest)
+            fits = record.write_id[:8] == newest and record.size in sizes
+            size = record.size if fits or not sizes else sizes.most_common(1)[0][0]
+            value = [r for r in files if r.write_id[:8] == newest and files[r] == size]
+            ranking, garbage = self.store.ranking(key), [r for r in files if r not in value]
+            value.sort(key=lambda r: [*ranking, r.location].index(r.location))
+            for replica in garbage:
+                self.report("garbage", key, replica)
+            write_id = value[0].write_id if value else ""
+            made = Record(tuple(value), size, write_id, record.hash * fits, record.deleted)
+            await new.do(Row.adopt, key, made, garbage if known else ())
+
+        try:
+            for rows in old.walk(old.journal):
+                for key, _ in rows:
+                    await new.do(Row.adopt, key, Record(()), old.look(key).replicas)
+            await self.for_files(adopt)
+        finally:
+            new.close()
+        (folder / "data.mdb").replace(self.flags.db / "data.mdb")
+        return 1 if self.found["name"] or self.found["unreachable"] else 0
+
+    async def rebalance(self) -> int:
+        """Bring every key to its ideal volumes, and repair what verify finds."""
+
+        async def move(key: bytes, _: bytes) -> None:
+            for deep in self.flags.deep, True:
+                try:
+                    return await self.store.move(key, deep)
+                except HTTPError as error:
+                    failure = error
+            if failure.status != 404:  # else it was deleted meanwhile
+                self.report("failed", key, None, reason=failure.reason)
+
+        await self.for_keys(move)
+        if self.index.count(self.index.journal):  # what was replaced, once no reader is on his way
+            await asyncio.sleep(self.flags.grace)
+            await self.store.sweep()
+        return 1 if self.found else 0
+
+    async def verify(self) -> int:
+        """Compare the index with the volumes, both ways. Changes nothing."""
+
+        async def check(key: bytes, text: bytes) -> None:
+            record, want = parse_record(text), self.flags.replicas
+            verdicts = await self.store.examine(key, record, self.flags.deep)
+            if self.index.get(key) == text:  # else it has changed meanwhile
+                places, home = [r.location for r in record.replicas], self.store.ranking(key, want)
+                for replica in filter(verdicts.get, verdicts):
+                    self.report(key=key, replica=replica, **verdicts[replica])
+                if (good := list(verdicts.values()).count({})) < want:
+                    self.report("under-replicated", key, None, have=good, want=want)
+                if places != home:
+                    self.report("unbalanced", key, None, locations=places, ideal=home)
+
+        async def identify(key: bytes, files: dict[Replica, int]) -> None:
+            for replica, size in files.items():
+                path = key2path(key, replica.write_id)
+                if not self.index.look(key).names(replica):  # it may have been deleted meanwhile
+                    status, _ = await self.ask("HEAD", replica.location, path)
+                    if status == 200 and not self.index.look(key).names(replica):
+                        self.report("unknown", key, replica, size=size)
+
+        await self.for_keys(check)
+        await self.for_files(identify)
+        return 2 if self.found["unreachable"] else 1 if self.found else 0
 
 
 # --- command line ---------------------------------------------------------------------------------
 # Flags as the ancestor has them (one dash or two), the server process, the volumes of the demo.
+
+TERMINAL = sys.stderr.isatty()
 
 
 def duration(text: str) -> float:
@@ -906,8 +1195,8 @@ def addresses(text: str) -> tuple[str, ...]:
 
 def parse_flags(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """The flags, checked, and volumes of its own if none are given."""
-    parser.add_argument("command", choices=["server"])
-    for name, kind, default, text in (
+    parser.add_argument("command", choices=["server", "rebuild", "rebalance", "verify"])
+    for name, kind, default, text in (  # kind None: a switch
         ("volumes", addresses, (), "host:port,… (without: three of its own, for a look around)"),
         ("db", Path, Path("mkv-data/index"), "folder of the index"),
         ("port", int, 3000, "port to listen on"),
@@ -919,13 +1208,18 @@ def parse_flags(parser: argparse.ArgumentParser) -> argparse.Namespace:
         ("voltimeout", duration, 1.0, "how long a volume may be silent; 0: always ask"),
         ("settle", duration, 3600.0, "after this time no request can still take effect"),
         ("grace", duration, 60.0, "how long replaced files stay for readers on their way"),
+        ("protect", None, False, "DELETE only what is unlinked"),
+        ("v", None, False, "log every request"),
+        ("deep", None, False, "verify, rebalance: read all values and check their MD5"),
+        ("partial", None, False, "rebuild: do without volumes that cannot be listed"),
+        ("adopt-garbage", None, False, "rebuild: delete old versions even if there was no index"),
     ):
-        parser.add_argument(f"-{name}", f"--{name}", type=kind, default=default, help=text)
-    parser.add_argument("-protect", "--protect", action="store_true", help="UNLINK before DELETE")
+        how = {"type": kind, "default": default} if kind else {"action": "store_true"}
+        parser.add_argument(f"-{name}", f"--{name}", help=text, **how)
     flags = parser.parse_args()
-    flags.demo = () if flags.volumes else (3001, 3002, 3003)
+    flags.demo = () if flags.volumes or flags.command != "server" else (3001, 3002, 3003)
     flags.bind = flags.bind or ("127.0.0.1" if flags.demo else "0.0.0.0")
-    flags.volumes = flags.volumes or tuple(f"127.0.0.1:{port}" for port in flags.demo)
+    flags.volumes = flags.volumes or tuple(f"127.0.0.1:{port}" for port in (3001, 3002, 3003))
     for name, most in ("port", 65535), ("subvolumes", 256), ("replicas", len(flags.volumes)):
         if not 1 <= getattr(flags, name) <= most:
             parser.error(f"-{name} is 1 to {most}")
@@ -955,44 +1249,74 @@ def own_volumes(flags: argparse.Namespace) -> Iterator[None]:
             volume.wait()
 
 
-async def serve(flags: argparse.Namespace, index: Index, listener: socket.socket) -> None:
-    """The server, until SIGINT or SIGTERM; then what is in hand."""
+def listen(flags: argparse.Namespace) -> tuple[socket.socket, Any]:
+    """A socket at the port, which only servers of the same index share, and their lock. OSError."""
+    listener = socket.socket(socket.AF_INET6 if ":" in flags.bind else socket.AF_INET)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    lock = (flags.db / f"{flags.bind}:{flags.port}").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:  # there is one already
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    listener.bind((flags.bind, flags.port))
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    fcntl.flock(lock, fcntl.LOCK_SH)
+    return listener, lock
+
+
+async def serve(flags: argparse.Namespace, index: Index, listener: socket.socket) -> int:
+    """The server, until SIGINT or SIGTERM; then what is in hand, or has connected already."""
     loop, stop, store = asyncio.get_running_loop(), asyncio.Event(), Store(flags, index)
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.set)
-    jobs = [asyncio.create_task(job) for job in (store.sweep(), stop.wait())]  # it evicts first
-    server = await loop.create_server(lambda: Connection(store), sock=listener, backlog=4096)
+    await index.evict_dead(set())
+    queue, connect = listener.dup(), functools.partial(Connection, store)
+    server = await loop.create_server(connect, sock=listener, backlog=4096)
+    sweeping = every(min(5.0, flags.grace / 2 + 0.05), store.sweep)
+    jobs = [asyncio.create_task(job) for job in (sweeping, every(TICK, store.tick), stop.wait())]
     done, _ = await asyncio.wait(jobs, return_when=asyncio.FIRST_COMPLETED)
-    await asyncio.gather(*done)  # raises what ended the sweeper
+    await asyncio.gather(*done)  # raises what ended a job
     server.close()
     store.draining, began = True, time.monotonic()
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            await loop.connect_accepted_socket(connect, queue.accept()[0])
     while store.connections:
         for connection in list(store.connections):  # an idle one has a second to ask once more
             if time.monotonic() - began > (DRAIN_TIME if connection.task else 1):
                 connection.writer.transport.abort()
         await asyncio.sleep(0.02)
+    return 0
 
 
 def main() -> None:
+    """What `python mkv.py` does."""
     parser = argparse.ArgumentParser("mkv.py", usage=argparse.SUPPRESS, allow_abbrev=False)
     flags = parse_flags(parser)
-    family = socket.AF_INET6 if ":" in flags.bind else socket.AF_INET
+    level = logging.INFO if flags.v else logging.WARNING
+    logging.basicConfig(format="%(asctime)s %(message)s", level=level)
     try:
-        index = Index(flags.db)
-        listener = socket.create_server((flags.bind, flags.port), family=family, backlog=4096)
+        index = Index(flags.db, exclusive=flags.command == "rebuild")
+        listener, _lock = listen(flags) if flags.command == "server" else (None, None)
     except BlockingIOError:
-        parser.error(f"a rebuild of {flags.db} is under way")
+        parser.error(f"-db {flags.db} is in use by a server, or by a rebuild")
     except lmdb.MemoryError:
         parser.error(f"not enough address space for {MAP_SIZE >> 30} GiB of index: see ulimit -v")
     except (OSError, lmdb.Error) as error:
         parser.error(f"cannot use -db {flags.db} and -port {flags.port}: {error}")
-    with own_volumes(flags):
-        at, names = f"http://{flags.bind}:{flags.port}", ", ".join(flags.volumes)
-        print(f"mkv is at {at}, its index in {flags.db}, its volumes at {names}", flush=True)
-        if flags.demo:
-            print(f"curl -X PUT -d swag {at}/key\ncurl -L {at}/key\ncurl '{at}/?list'", flush=True)
-        uvloop.run(serve(flags, index, listener))
+    if not listener:
+        status = uvloop.run(Maintenance(flags, index).run())
+    else:
+        with own_volumes(flags):
+            at, names = f"http://{flags.bind}:{flags.port}", ", ".join(flags.volumes)
+            print(f"mkv is at {at}, its index in {flags.db}, its volumes at {names}", flush=True)
+            if flags.demo:
+                print(
+                    f"curl -X PUT -d swag {at}/key\ncurl -L {at}/key\ncurl '{at}/?list'", flush=True
+                )
+            status = uvloop.run(serve(flags, index, listener))
     index.close()
+    sys.exit(status)
 
 
 if __name__ == "__main__":
