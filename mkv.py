@@ -30,14 +30,13 @@ import logging
 import os
 import random
 import re
-import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -51,9 +50,9 @@ HEAD_TIME, IDLE_TIME, LINGER_TIME = 10, 60, 5  # seconds for a head, between two
 BODY_TIME, BODY_RATE = 60, 1024  # seconds for which a body may bring fewer bytes a second than that
 READ_AHEAD, WRITE_AHEAD = 1 << 18, 1 << 20  # bytes held for a reader, or a volume, before a pause
 SMALL = 1 << 16  # bytes up to which a value is held, and sent again if need be
-MAP_SIZE, DRAIN_TIME = 1 << 40, 10  # address space for LMDB; seconds that SIGTERM leaves to work
-TICK = 0.2  # seconds between two looks at what is down and who is idle
-METHODS = "GET", "HEAD", "PUT", "DELETE", "UNLINK", "REBALANCE"
+TICK, DRAIN_TIME = 0.2, 10  # seconds between two rounds of tick(); that SIGTERM leaves to work
+MAP_SIZE = 1 << 40  # address space for LMDB
+METHODS = "GET", "HEAD", "PUT", "DELETE", "UNLINK"
 Pieces = AsyncIterator[bytes]  # a value on its way
 
 
@@ -79,15 +78,6 @@ def key2path(key: bytes, write_id: str = "") -> str:
     if write_id:  # no name has over 255 bytes; base64 may itself have "/": a sub-folder
         name = re.sub(r"[^/]{230}(?=[^/])", r"\g<0>-/", name) + "-" + write_id
     return f"/{digest[:2]}/{digest[2:4]}/{name}"
-
-
-def path2key(path: str) -> tuple[bytes, str]:
-    """The inverse: (key, write id). ValueError for any path that key2path would not have made."""
-    name, _, write_id = path[7:].replace("-/", "").partition("-")
-    key = base64.b64decode(name, validate=True)
-    if not re.fullmatch(r"([0-9a-f]{16})?", write_id) or key2path(key, write_id) != path:
-        raise ValueError(f"not the path of a key: {path}")
-    return key, write_id
 
 
 def key2volume(key: bytes, volumes: Sequence[str], replicas: int, subvolumes: int) -> list[str]:
@@ -117,17 +107,15 @@ class Record(NamedTuple):
     hash: str = ""  # MD5 in hex
     deleted: bool = False  # unlinked: hidden, but the files stay
 
-    def text(self) -> bytes:
-        """The record as the index stores it."""
+    def text(self) -> bytes:  # as the index stores it
         mark = "DELETED" * self.deleted + (self.hash and "HASH" + self.hash)
         files = [r.location if r.write_id == self.write_id else "@".join(r) for r in self.replicas]
         size = "" if self.size is None else f" {self.size} {self.write_id}".rstrip()
         return f"{mark}{','.join(files)}{size}".encode()
 
 
-def parse_record(text: bytes) -> Record:
-    """The inverse of Record.text(). 500 for what is no record."""
-    match = RECORD.fullmatch(text.decode())
+def parse_record(text: bytes) -> Record:  # the inverse of Record.text(). 500
+    match = RECORD.fullmatch(text.decode(errors="replace"))
     require(match, 500, f"unreadable record: {text!r}")
     deleted, md5, files, size, write_id = match.groups("")
     parts = [file.partition("@") for file in files.split(",") if file]
@@ -137,9 +125,8 @@ def parse_record(text: bytes) -> Record:
 
 # --- index ----------------------------------------------------------------------------------------
 # Two LMDB tables. keys: key → record. journal: key → owner, since, files that may exist and that no
-# record names. With an owner somebody is making them (the lock on the key), without one they are
-# garbage. An operation makes a new row out of an old one and plain arguments, without clock or
-# chance, and so can be replayed. Its answer is heard when it is on disk.
+# record names: an owner is making them (the lock on the key), or they are garbage. An operation is
+# a function of row and plain arguments, without clock or chance; it is answered when on disk.
 
 
 class Row(NamedTuple):
@@ -150,18 +137,14 @@ class Row(NamedTuple):
     since: float  # seconds since 1970: when the last owner went, or the last replica came
     replicas: tuple[Replica, ...]  # in the journal
 
-    def claim(self, owner: str, where: Sequence[str], old: Record | None, now: float) -> tuple:
-        """Lock a key and list files to be made: their write id. For a move, of `old`. 409, 403."""
+    def claim(self, owner: str, where: Sequence[str], now: float) -> tuple:
+        """Lock a key and list files to be made: their write id, newer than all others. 409, 403."""
         live = self.record.replicas and not self.record.deleted
-        require(not self.owner, 409, "another PUT or move of this key is under way")
-        require(old or not live, 403, "key exists: DELETE it first")
-        require(old in (None, self.record), 409, "the key has changed meanwhile")
-        known = {replica.write_id for replica in self.replicas + self.record.replicas}
-        newest = int("0" + (old.write_id if old else max(known, default=""))[:8], 16)
-        seconds = newest if old else max(int(now), newest + 1)
-        tail = int(hashlib.md5(owner.encode()).hexdigest()[:8], 16)
-        while (write_id := f"{seconds:08x}{tail & 0xFFFFFFFF:08x}") in known:
-            tail += 1
+        require(not self.owner, 409, "another PUT of this key is under way")
+        require(not live, 403, "key exists: DELETE it first")
+        newest = max((r.write_id for r in self.replicas + self.record.replicas), default="")
+        seconds = max(int(now), 1 + int("0" + newest[:8], 16))
+        write_id = f"{seconds:08x}{hashlib.md5(owner.encode()).hexdigest()[:8]}"
         made = tuple(Replica(location, write_id) for location in where)
         return self._replace(owner=owner, replicas=self.replicas + made), write_id
 
@@ -169,15 +152,11 @@ class Row(NamedTuple):
         require(owner == self.owner, 503, "the claim on the key was lost")
         return self._replace(replicas=(*self.replicas, replica)), None
 
-    def commit(self, owner: str, new: Record, old: Record | None) -> tuple:
-        """Vouch for what a claim made; whatever else was there is garbage. 503; for a move 409."""
+    def commit(self, owner: str, new: Record) -> tuple:
+        """Vouch for what a claim made; whatever else was there is garbage. 503."""
         require(owner == self.owner, 503, "the claim on the key was lost")
-        require(old in (None, self.record), 409, "the key has changed meanwhile")
         listed = dict.fromkeys(self.replicas + self.record.replicas)
         return Row(new, "", self.since, tuple(r for r in listed if r not in new.replicas)), None
-
-    def adopt(self, new: Record, garbage: tuple[Replica, ...]) -> tuple:  # as a rebuild found it
-        return self._replace(record=new, replicas=self.replicas + garbage), None
 
     def settle(self, owner: str, gone: Sequence[Replica]) -> tuple:
         """Strike out files that are gone, and the owner if it is this one; returns what is left."""
@@ -195,22 +174,14 @@ class Row(NamedTuple):
         require(self.record.replicas and not self.record.deleted, 404, "no such key")
         return self._replace(record=self.record._replace(deleted=True)), None
 
-    def evict(self, process: str) -> tuple:  # it is dead: the key is free, what it made is garbage
-        return self._replace(owner=self.owner * (self.owner.partition(".")[0] != process)), None
-
 
 class Index:
-    """The LMDB environment in a folder, for any number of processes with one event loop each.
+    """The LMDB environment in a folder, for any number of processes with one event loop each. These
+    keep owners/<their random name> locked: who gets that lock knows that they are dead."""
 
-    A process keeps the file owners/<its random name> locked: whoever gets the lock knows that it is
-    dead, and evicts it. All hold the folder itself by a shared lock, rebuild by an exclusive one.
-    """
-
-    def __init__(self, path: Path, exclusive: bool = False) -> None:
+    def __init__(self, path: Path) -> None:
         self.owners, self.process, self.claims = path / "owners", "", itertools.count(1)
         self.owners.mkdir(parents=True, exist_ok=True)
-        self.folder = os.open(self.owners, os.O_RDONLY)
-        fcntl.flock(self.folder, fcntl.LOCK_NB | (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH))
         self.env = lmdb.open(str(path), map_size=MAP_SIZE, max_dbs=2, max_readers=4096)
         self.keys, self.journal = self.env.open_db(b"keys"), self.env.open_db(b"journal")
         self.queue, self.kept, self.flushing = [], [], None  # jobs; those to be tried again; a task
@@ -221,10 +192,9 @@ class Index:
         self.env.close()
         (self.owners / self.process).unlink(missing_ok=True)
         self.lock.close()
-        os.close(self.folder)
 
     def owner(self) -> str:
-        """A name for one claim, never given twice. Taken for dead by others, we take a new name."""
+        """A name for one claim, never given twice. Taken for dead by others, we take a new one."""
         while not (self.owners / self.process).is_file():
             self.process = os.urandom(8).hex()
             self.lock = (self.owners / self.process).open("w")
@@ -237,9 +207,9 @@ class Index:
             path, mark = self.owners / process, f"{process}.".encode()
             with path.open("a") as file, contextlib.suppress(BlockingIOError):
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                for rows in self.walk(self.journal):
-                    owned = [key for key, text in rows if text.startswith(mark)]
-                    await asyncio.gather(*(self.do(Row.evict, key, process) for key in owned))
+                for key, text in (row for rows in self.walk(self.journal) for row in rows):
+                    if text.startswith(mark):  # what it was making is garbage
+                        await self.do(Row.settle, key, text.split()[0].decode(), ())
                 path.unlink(missing_ok=True)
 
     def get(self, key: bytes) -> bytes | None:  # the text of a key's record
@@ -252,9 +222,9 @@ class Index:
         owner, since, replicas = entry.split(b" ")
         return Row(parse_record(record), owner.decode(), float(since), parse_record(replicas)[0])
 
-    def count(self, table: Any) -> int:  # of its rows
+    def count(self) -> tuple[int, int]:  # of keys and journal entries
         with self.env.begin() as txn:
-            return txn.stat(table)["entries"]
+            return txn.stat(self.keys)["entries"], txn.stat(self.journal)["entries"]
 
     def walk(self, table: Any, start: bytes | None = b"") -> Iterator[list[tuple[bytes, bytes]]]:
         """The rows from `start` on, in batches; no snapshot outlasts one, or it would pin pages."""
@@ -272,8 +242,7 @@ class Index:
         self.flushing = self.flushing or asyncio.create_task(self.flush())
         return asyncio.shield(future)
 
-    async def flush(self) -> None:
-        """Group commit: what queues up while one group is being synced is the next."""
+    async def flush(self) -> None:  # group commit: what queues up during one sync is the next
         while self.queue:
             group, self.queue, self.kept = self.kept + self.queue, [], []
             answers = await asyncio.to_thread(self.commit, group)
@@ -299,9 +268,7 @@ class Index:
             answers = [() if job in self.kept else failure for job in group]
         return answers
 
-    def change(
-        self, txn: lmdb.Transaction, operation: Callable, key: bytes, args: tuple, now: float
-    ):
+    def change(self, txn: lmdb.Transaction, operation: Callable, key: bytes, args: Any, now: float):
         """Put the row that an operation makes in the place of the old one; returns its answer."""
         old = self.look(key, txn)
         new, answer = operation(old, *args)
@@ -322,14 +289,14 @@ class Index:
 # understood: so no request is smuggled past a proxy. Parsing needs no sockets.
 
 REQUEST = re.compile(
-    rb"([A-Z]+) (?:http://[^/?#\x00-\x20\x7f]*)?(/[^?#\x00-\x20\x7f]*)(?:\?([^#\x00-\x20\x7f]*))?"
-    rb" HTTP/1\.([01])"
+    rb"([A-Z]+) (?:http://[^/?#\0- \x7f]*)?(/[^?#\0- \x7f]*)(?:\?([^#\0- \x7f]*))? HTTP/1\.([01])"
 )
-READ = re.compile(rb"(GET|HEAD) (/[^?#\x00-\x20\x7f]*) HTTP/1\.1\r\n(.*)\r\n\r\n", re.DOTALL)
-STATUS = re.compile(rb"HTTP/1\.[01] ([1-5][0-9][0-9])(?: .*)?")
+READ = re.compile(rb"(GET|HEAD) (/[^?#\0- \x7f]*) HTTP/1\.1\r\n(.*)\r\n\r\n", re.DOTALL)
+STATUS = re.compile(rb"HTTP/1\.[01] ([2-5][0-9][0-9])(?: .*)?")
 FIELD = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([\t\x20-\x7e\x80-\xff]*)")
 CHUNK = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?")
 TEXT = "Content-Type: text/plain; charset=utf-8\r\n"
+ALLOW = f"Allow: {', '.join(METHODS)}\r\n"
 STREAM = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
 
 
@@ -366,25 +333,22 @@ def parse_request(head: bytes) -> Request:
     require(first := REQUEST.fullmatch(line), 400, "malformed first line")
     method, path, query, minor = first.groups()
     fields, length, close = parse_fields(block)
+    fields = fields | {b"expect": b""} if minor == b"0" else fields  # RFC 9110, 10.1.1
     require(minor == b"0" or b"," not in fields.get(b"host", b","), 400, "no Host, or several")
     require(minor == b"1" or length is not None, 400, "chunked in HTTP/1.0")
     return Request(method.decode(), path, query, fields, length, close or minor == b"0")
 
 
-def parse_key(path: bytes) -> bytes:
-    """The key that a path names. 400, 414."""
+def parse_key(path: bytes) -> bytes:  # that the path of a request names. 400, 414
     key = unquote_to_bytes(path) if b"%" in path else path
     require(len(key) <= MAX_KEY, 414, f"a key has at most {MAX_KEY} bytes")
-    right = key is path or not re.search(rb"%(?![0-9A-Fa-f]{2})", path)
-    right = (
-        right and len(key) > 1 and (key.isascii() or key.decode(errors="ignore").encode() == key)
-    )
+    utf8 = key.isascii() or key.decode(errors="ignore").encode() == key
+    right = utf8 and len(key) > 1 and not re.search(rb"%(?![0-9A-Fa-f]{2})", path)
     require(right, 400, "a key is a path of two bytes or more, UTF-8 and percent-encoded")
     return key
 
 
-def response(status: int, fields: str = "", body: bytes = b"") -> bytes:
-    """A whole answer; `fields` are lines that end in CR LF."""
+def response(status: int, fields: str = "", body: bytes = b"") -> bytes:  # fields end in CR LF
     length = f"Content-Length: {len(body)}\r\n" if status not in (100, 204) else ""
     return f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\n{length}{fields}\r\n".encode() + body
 
@@ -425,23 +389,16 @@ async def read_body(reader: asyncio.StreamReader, length: int | None, seconds: f
 
 
 class Wire(asyncio.StreamReaderProtocol):  # a connection, of a client or to a volume
-    def __init__(self) -> None:
-        self.reader = asyncio.StreamReader(MAX_HEAD)  # longer heads fail; at the double it pauses
-        super().__init__(self.reader)
+    def __init__(self) -> None:  # longer heads than the limit fail; at the double reading pauses
+        super().__init__(asyncio.StreamReader(MAX_HEAD), self.opened)
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        super().connection_made(transport)
-        self.transport, loop = transport, asyncio.get_running_loop()
-        self.writer = asyncio.StreamWriter(transport, self, self.reader, loop)
+    def opened(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.reader, self.writer, self.transport = reader, writer, writer.transport
 
 
 class Connection(Wire):  # of a client; what takes no waiting is answered on arrival, else by a task
     task: asyncio.Task | None = None
-    closing, whole, path = (
-        False,
-        True,
-        b"-",
-    )  # after the last answer; the body was read; of a request
+    closing, whole, path = False, True, b"-"  # the last answer is given; the body read; requested
 
     def __init__(self, store: Any) -> None:
         super().__init__()
@@ -475,8 +432,7 @@ class Connection(Wire):  # of a client; what takes no waiting is answered on arr
                     return True
         return False
 
-    async def converse(self) -> None:
-        """Answer the requests in the reader, one after the other."""
+    async def converse(self) -> None:  # answer the requests in the reader, one after the other
         try:
             while self.reader._buffer and not self.closing:
                 await self.serve()
@@ -486,12 +442,14 @@ class Connection(Wire):  # of a client; what takes no waiting is answered on arr
                     while await self.reader.read(READ_AHEAD):
                         pass
                 self.transport.close()
-        except (OSError, EOFError, RuntimeError):  # the client is gone, or might as well be
+            self.task = None
+        except BaseException as error:  # the client is gone or might as well be, or there is a bug
             self.transport.abort()
-        self.task = None
+            if not isinstance(error, OSError | EOFError | RuntimeError):
+                raise
 
     async def body(self, request: Request) -> Pieces:
-        if b"expect" in request.fields:
+        if request.fields.get(b"expect", b"").lower() == b"100-continue":
             self.writer.write(response(100))
         async for piece in read_body(self.reader, request.length, BODY_TIME):
             self.store.received += len(piece)
@@ -505,17 +463,16 @@ class Connection(Wire):  # of a client; what takes no waiting is answered on arr
             async with asyncio.timeout(HEAD_TIME):
                 await self.writer.drain()
                 request = parse_request(await read_until(self.reader, b"\r\n\r\n", 431))
-            method, self.path, close = request.method, request.path, request.close
-            self.whole = request.length == 0
+            self.path, close, self.whole = request.path, request.close, request.length == 0
+            require(request.method in METHODS, 405, "no such method", ALLOW)
+            method = request.method
             answer = self.store.answer(request, None if self.whole else self.body(request))
             answer = await answer if isinstance(answer, Awaitable) else answer
         except (HTTPError, TimeoutError) as error:
             answer = refusal(error if isinstance(error, HTTPError) else HTTPError(408, "too slow"))
         if not isinstance(answer, bytes):
-            framing = (
-                b"" if close else b"Transfer-Encoding: chunked\r\n"
-            )  # HTTP/1.0 knows no chunks
-            stream, answer = answer, STREAM + framing + b"\r\n"
+            framing = b"\r\n" if close else b"Transfer-Encoding: chunked\r\n\r\n"  # 1.0 has none
+            stream, answer = answer, STREAM + framing
         self.respond(answer, method, close)
         if stream and method == "GET":
             async for piece in stream:
@@ -527,11 +484,11 @@ class Connection(Wire):  # of a client; what takes no waiting is answered on arr
 
     def respond(self, answer: bytes, method: str, close: bool) -> None:
         """Send an answer; it is the last one if anything speaks for that."""
-        store, status = self.store, answer[9:12]
-        store.requests[method, status] += 1
+        store = self.store
+        store.requests[method, answer[9:12]] += 1
         store.seconds[method] += time.monotonic() - self.started
         if store.flags.v:
-            logging.info("%s %s %s", method, self.path.decode(), status.decode())
+            logging.info("%s %s %s", method, self.path.decode("latin-1"), answer[9:12].decode())
         if close or store.draining or not self.whole:
             self.closing = True
             answer = answer.replace(b"\r\n", b"\r\nConnection: close\r\n", 1)
@@ -541,8 +498,8 @@ class Connection(Wire):  # of a client; what takes no waiting is answered on arr
 
 
 # --- volumes --------------------------------------------------------------------------------------
-# The client of the volumes: pooled keep-alive connections, trust in locations that have answered,
-# and a list of what is down. That a volume does not answer is no exception, but status 0.
+# The client of the volumes: pooled connections, trust in locations that have answered, a list of
+# what is down. That a volume does not answer is no exception, but status 0.
 
 TROUBLE = OSError, EOFError, HTTPError, RuntimeError  # a timeout is the first, uvloop's the last
 
@@ -569,8 +526,7 @@ class Volumes:  # what is known of them; a location that answers is trusted for 
         self.down: dict[str, tuple[float, float]] = {}  # volume or location → next try, pause
         self.probes: dict[str, asyncio.Task] = {}  # under way, by location
 
-    def distrust(self, volume: str) -> None:
-        """Ask all its locations before the next redirect to them."""
+    def distrust(self, volume: str) -> None:  # ask all its locations before the next redirect
         self.trusted = {p: t for p, t in self.trusted.items() if p.partition("/")[0] != volume}
 
     def mark(self, place: str, trouble: str) -> None:
@@ -584,18 +540,15 @@ class Volumes:  # what is known of them; a location that answers is trusted for 
             pause = min(2 * pause, 8 * self.patience)
             self.down[place] = time.monotonic() + pause, pause
 
-    def takes(self, location: str) -> bool:
-        """Whether it makes sense to write there; once in a while, even if it did not last time."""
+    def takes(self, location: str) -> bool:  # whether it is up, or it is time to try again
         due, _ = self.down.get(location, (0.0, 0.0))
         return location.partition("/")[0] not in self.down and due <= time.monotonic()
 
     @contextlib.asynccontextmanager
-    async def exchange(
-        self, method: str, location: str, path: str, fields: str = "", fresh: bool = False
-    ) -> AsyncIterator[Link]:
+    async def exchange(self, method: str, location: str, path: str, fields: str) -> AsyncIterator:
         """A connection on which a request has begun. TROUBLE with it is noted, and raised."""
         volume, slash, drive = location.partition("/")
-        link = None if fresh or not self.idle[volume] else self.idle[volume].pop()
+        link = self.idle[volume].pop() if self.idle[volume] and "close" not in fields else None
         try:
             if not link:
                 host, _, port = volume.rpartition(":")
@@ -606,7 +559,7 @@ class Volumes:  # what is known of them; a location that answers is trusted for 
             head = f"{method} {slash}{drive}{path} HTTP/1.1\r\nHost: {volume}\r\n{fields}\r\n"
             link.writer.write(head.encode())
             yield link
-            if link.kept and len(self.idle[volume]) < 64:
+            if link.kept and not link.reader._buffer and len(self.idle[volume]) < 64:
                 self.idle[volume].append(link)
                 link = None
         except TROUBLE as error:
@@ -621,7 +574,7 @@ class Volumes:  # what is known of them; a location that answers is trusted for 
     async def hear(self, link: Link, method: str, location: str) -> tuple[int, int | None]:
         """Status and body length of the answer; it renews trust, or ends it. TROUBLE."""
         line, _, block = (await read_until(link.reader, b"\r\n\r\n")).partition(b"\r\n")
-        require(first := STATUS.fullmatch(line), 400, "malformed status line")
+        require(first := STATUS.fullmatch(line), 400, "no answer, or an interim one")
         (_, length, close), status = parse_fields(block), int(first[1])
         link.kept = not close
         self.mark(link.volume, "")
@@ -634,12 +587,12 @@ class Volumes:  # what is known of them; a location that answers is trusted for 
         return status, length
 
     async def request(
-        self, method: str, location: str, path: str, fields: str = "", body: Callable | None = None
+        self, method: str, location: str, path: str, fields: str = "", body: Any = None
     ) -> tuple[int, int | None]:
-        """Status, or 0, and length of the answer. `body` gives the next piece, b"" after the last."""
-        seconds, fresh = self.patience * (10 if body else 1), "close" in fields
+        """Status, or 0, and length of an answer. body() is the next piece, b"" after the last."""
+        seconds = self.patience * (10 if body else 1)
         try:
-            async with self.exchange(method, location, path, fields, fresh) as link:
+            async with self.exchange(method, location, path, fields) as link:
                 while body and (piece := await body()):
                     async with asyncio.timeout(seconds):
                         link.writer.write(piece)
@@ -653,10 +606,9 @@ class Volumes:  # what is known of them; a location that answers is trusted for 
         except TROUBLE:
             return 0, None
 
-    async def read(self, location: str, path: str) -> Pieces:
-        """The bytes of a file, streamed. 404, 503."""
+    async def read(self, location: str, path: str) -> Pieces:  # of a file, streamed. 503
         try:
-            async with self.exchange("GET", location, path) as link:
+            async with self.exchange("GET", location, path, "") as link:
                 async with asyncio.timeout(self.patience):
                     status, length = await self.hear(link, "GET", location)
                 async for piece in read_body(link.reader, length, 10 * self.patience):
@@ -664,7 +616,7 @@ class Volumes:  # what is known of them; a location that answers is trusted for 
                         yield piece
         except TROUBLE as error:
             raise HTTPError(503, f"{location} does not give {path}: {error!r}") from error
-        require(status == 200, 404 if status == 404 else 503, f"{location} answers {status}")
+        require(status == 200, 503, f"{location} answers {status} to GET {path}")
 
     async def write(self, path: str, places: list, length: int | None, body: Pieces) -> tuple:
         """PUT a body to all places in one pass: statuses, size, md5. Raises what it raises."""
@@ -686,17 +638,16 @@ class Volumes:  # what is known of them; a location that answers is trusted for 
                 md5.update(piece)
                 for queue in list(queues.values()):
                     await queue.put(piece if length else b"%x\r\n%b\r\n" % (len(piece), piece))
-                require(queues, 503, "no volume takes the value")
-            for queue in list(queues.values()):
-                await queue.put(b"" if length else b"0\r\n\r\n")
-                await queue.put(b"")
-            return dict(await asyncio.gather(*tasks)), size, md5
+                require(queues or not places, 503, "no volume takes the value")
+            for last in [b""] if length else [b"0\r\n\r\n", b""]:
+                for queue in list(queues.values()):
+                    await queue.put(last)
+            return dict(await asyncio.gather(*tasks)), size, md5.digest()
         finally:
             for task in tasks:
                 task.cancel()
 
-    def probe(self, place: str, path: str = "/") -> None:
-        """Ask a place for a file in the background, unless it is being asked for one."""
+    def probe(self, place: str, path: str = "/") -> None:  # in the background, one at a time
         if place not in self.probes:
             self.probes[place] = asyncio.create_task(self.request("HEAD", place, path))
             self.probes[place].add_done_callback(lambda _: self.probes.pop(place))
@@ -713,15 +664,13 @@ class Store:  # an index, volumes, and the flags that say how to use them
     def __init__(self, flags: argparse.Namespace, index: Index) -> None:
         self.flags, self.index, self.volumes = flags, index, Volumes(flags.voltimeout)
         self.redirects = functools.lru_cache(maxsize=4096)(self.make_redirects)
-        self.connections: set[Connection] = set()
-        self.draining = False  # if so, the next answer on each connection is the last
+        self.connections, self.draining = set(), False  # if so, their next answers are the last
         self.requests, self.seconds = Counter(), Counter()  # by method and status; by method
         self.received, self.waiting = 0, 0  # bytes of bodies; files that could not be deleted
+        self.pause = min(5.0, flags.grace / 2 + 0.05)  # seconds between two rounds of sweep()
         self.lag, self.ticked = 0.0, time.monotonic()  # seconds; of the last round
 
-    def ranking(self, key: bytes, count: int | None = None) -> list[str]:
-        """All locations for a key, best first; or the first `count`."""
-        count = count or len(self.flags.volumes)
+    def ranking(self, key: bytes, count: int = 256) -> list[str]:  # locations for a key, best first
         return key2volume(key, self.flags.volumes, count, self.flags.subvolumes)
 
     def answer(self, request: Request, body: Pieces | None) -> Any:
@@ -731,13 +680,10 @@ class Store:  # an index, volumes, and the flags that say how to use them
         key, verb = parse_key(request.path), request.method
         if verb in ("GET", "HEAD"):
             return self.get(key, request.path) or self.find(key, request.path)
-        require(verb in METHODS, 405, "no such method", f"Allow: {', '.join(METHODS)}\r\n")
-        if verb == "PUT":
-            return self.put(key, request, body)
-        return self.move(key) if verb == "REBALANCE" else self.remove(key, verb)
+        return self.put(key, request, body) if verb == "PUT" else self.remove(key, verb)
 
     def get(self, key: bytes, path: bytes) -> bytes | None:
-        """302 to a trusted replica, picked at random, if there is one; its trust is kept up. 404."""
+        """302 to a trusted replica, picked at random, if there is one; trust is kept up. 404."""
         text = self.index.get(key)
         redirects = self.redirects(key, text) if text else ()
         if not redirects:
@@ -763,63 +709,58 @@ class Store:  # an index, volumes, and the flags that say how to use them
         return [(*f, a) for f, a in zip(files, answers, strict=True) if not record.deleted]
 
     async def find(self, key: bytes, path: bytes) -> bytes:
-        """GET when no replica is trusted: ask all of them, the first that is there will do."""
-        text, statuses = self.index.get(key), set()
-
-        async def ask(place: str, file: str, answer: bytes) -> tuple[int, bytes]:
-            return (await self.volumes.request("HEAD", place, file))[0], answer
-
-        for asked in asyncio.as_completed(
-            [ask(*each) for each in self.redirects(key, text or b"")]
-        ):
-            status, answer = await asked
+        """GET when no replica is trusted: ask all that are not known to be down."""
+        text = self.index.get(key) or b""
+        redirects = self.redirects(key, text)
+        up = [each for each in redirects if self.volumes.takes(each[0])] or redirects
+        answers = await asyncio.gather(*(self.volumes.request("HEAD", p, f) for p, f, _ in up))
+        for (status, _), (_, _, answer) in zip(answers, up, strict=True):
             if status == 200:
                 return answer
-            statuses.add(status)
         if not text or self.index.get(key) != text:  # deleted or moved meanwhile: once more
             return self.get(key, path) or await self.find(key, path)
-        require(statuses == {404}, 503, "no replica can be reached")
+        absent = len(up) == len(redirects) and {status for status, _ in answers} == {404}
+        require(absent, 503, "no replica can be reached")
         raise HTTPError(404, "the volumes have no such file")
 
     async def put(self, key: bytes, request: Request, body: Pieces | None) -> bytes:
         """201: `replicas` volumes have the whole value, and the index has it on disk."""
         require(request.length != 0, 411, "a value has at least one byte, and a length or chunks")
+        given = request.fields.get(b"content-md5", b"").decode("latin-1")  # hex, or as RFC 1864
+        valid = re.fullmatch(r"([0-9A-Fa-f]{32}|[0-9A-Za-z+/]{22}==)?", given)
+        require(valid, 400, "malformed Content-MD5")
         ranking, count = self.ranking(key), self.flags.replicas
         able = [place for place in ranking if self.volumes.takes(place)]
         require(len(able) >= count, 503, f"of {count} volumes needed {len(able)} can be written")
-        async with self.making(key, able[:count], None) as (owner, write_id):
+        async with self.making(key, able[:count]) as (owner, write_id):
             path, todo = key2path(key, write_id), able[:count]
             statuses, size, md5 = await self.volumes.write(path, todo, request.length, body)
             require(size, 411, "a value has at least one byte")
-            given, digest = request.fields.get(b"content-md5", b""), md5.hexdigest()
-            right = b"", digest.encode(), base64.b64encode(md5.digest())  # hex, or as RFC 1864
-            same = given in right or given.lower() in right
-            require(same, 400, f"Content-MD5 does not match: it is {digest}")
+            digest, right = md5.hex(), {"", md5.hex(), base64.b64encode(md5).decode()}
+            require({given, given.lower()} & right, 400, f"Content-MD5 does not match: {digest}")
             made = [place for place in todo if statuses[place] == 201]
             for place in able[count:]:
                 if 0 < len(made) < count:
-                    logging.warning("%s has a stand-in at %s", key.decode(), place)
+                    logging.warning("%r has a stand-in at %s", key.decode(), place)
                     await self.index.do(Row.extend, key, owner, Replica(place, write_id))
-                    copy = self.volumes.read(made[0], path)
-                    copied, _, _ = await self.volumes.write(path, [place], size, copy)
-                    made += [place] if copied[place] == 201 else []
+                    copy = self.volumes.read(random.choice(made), path)
+                    with contextlib.suppress(HTTPError):  # the next one may do
+                        copied, _, _ = await self.volumes.write(path, [place], size, copy)
+                        made += [place] if copied[place] == 201 else []
             require(len(made) == count, 503, f"{count} replicas cannot be made: {statuses}")
             replicas = tuple(Replica(p, write_id) for p in sorted(made, key=ranking.index))
             record = Record(replicas, size, write_id, digest if self.flags.md5sum else "")
-            await self.index.do(Row.commit, key, owner, record, None)
+            await self.index.do(Row.commit, key, owner, record)
         return response(201)
 
     @contextlib.asynccontextmanager
-    async def making(self, key: bytes, places: list, old: Record | None) -> AsyncIterator[tuple]:
-        """A claim: (owner, write id). Unless the block commits, what it made is deleted.
-
-        What that is the index says, after all that was queued: so never what a record names.
-        """
+    async def making(self, key: bytes, places: list[str]) -> AsyncIterator[tuple]:
+        """A claim: (owner, write id). Unless the block commits, what it made is deleted."""
         owner, write_id = self.index.owner(), None
         try:
-            write_id = await self.index.do(Row.claim, key, owner, places, old, time.time())
+            write_id = await self.index.do(Row.claim, key, owner, places, time.time())
             yield owner, write_id
-        except BaseException:
+        except BaseException:  # after all that was queued before, so no record names what is listed
             listed = await self.index.do(Row.settle, key, owner, ())
             await self.erase(key, [r for r in listed if r.write_id == write_id], (204,))
             raise
@@ -829,7 +770,7 @@ class Store:  # an index, volumes, and the flags that say how to use them
         files = [r for r in replicas if r.location.partition("/")[0] not in self.volumes.down]
         ask = [self.volumes.request("DELETE", p, key2path(key, write_id)) for p, write_id in files]
         answers = await asyncio.gather(*ask)
-        gone = [r for r, answer in zip(files, answers, strict=True) if answer[0] in proof]
+        gone = [r for r, (status, _) in zip(files, answers, strict=True) if status in proof]
         if gone:  # nobody has to wait for that to be on disk
             self.index.do(Row.settle, key, "", gone)
         return len(gone)
@@ -841,50 +782,6 @@ class Store:  # an index, volumes, and the flags that say how to use them
         else:
             record = await self.index.do(Row.remove, key, self.flags.protect)
             await self.erase(key, record.replicas, (204, 404))
-        return response(204)
-
-    async def examine(self, key: bytes, record: Record, deep: bool) -> dict[Replica, dict]:
-        """What verify reports of each replica: nothing, or that it is missing, of wrong size, …"""
-
-        async def verdict(place: str, write_id: str) -> dict[str, Any]:
-            path, md5 = key2path(key, write_id), hashlib.md5()
-            status, size = await self.volumes.request("HEAD", place, path)
-            if status != 200:
-                return {"finding": "missing" if status == 404 else "unreachable"}
-            if record.size not in (None, size):
-                return {"finding": "size", "expected": record.size, "found": size}
-            if deep and record.hash:
-                async for piece in self.volumes.read(place, path):
-                    md5.update(piece)
-            if deep and record.hash not in ("", md5.hexdigest()):
-                return {"finding": "md5", "expected": record.hash, "found": md5.hexdigest()}
-            return {}
-
-        verdicts = await asyncio.gather(*(verdict(*replica) for replica in record.replicas))
-        return dict(zip(record.replicas, verdicts, strict=True))
-
-    async def move(self, key: bytes, deep: bool = False) -> bytes:
-        """204: all its ideal locations have the key, and no other. 404, 409, 503."""
-        old = self.index.look(key).record
-        require(old.replicas, 404, "no such key")
-        verdicts, home = await self.examine(key, old, deep), self.ranking(key, self.flags.replicas)
-        good = {r.location: r for r, finding in verdicts.items() if not finding}
-        silent = [r.location for r, f in verdicts.items() if f.get("finding") == "unreachable"]
-        require(good and not set(home) & set(silent), 503, f"no answer from {silent}")
-        missing = [place for place in home if place not in good]
-        if missing or [r.location for r in old.replicas] != home:
-            async with self.making(key, missing, old) as (owner, write_id):
-                size, source = old.size, random.choice(list(good.values()))
-                if missing:
-                    copy = self.volumes.read(source.location, key2path(key, source.write_id))
-                    path = key2path(key, write_id)
-                    statuses, size, md5 = await self.volumes.write(path, missing, size, copy)
-                    require(set(statuses.values()) == {201}, 503, f"cannot be copied: {statuses}")
-                    right = old.size in (None, size) and old.hash in ("", md5.hexdigest())
-                    require(right, 503, f"what {source.location} holds is not the value")
-                replicas = tuple(good.get(place, Replica(place, write_id)) for place in home)
-                new = old._replace(replicas=replicas, size=size)
-                await self.index.do(Row.commit, key, owner, new, old)
         return response(204)
 
     def ask(self, request: Request) -> bytes | Pieces:
@@ -915,56 +812,51 @@ class Store:  # an index, volumes, and the flags that say how to use them
                 break
         yield f'], "next": {json.dumps(following)}}}\n'.encode()
 
-    def metrics(self) -> bytes:
-        """What an operator watches, for Prometheus; of this process, but for keys and journal."""
-        up = set(self.flags.volumes) - set(self.volumes.down)
+    def metrics(self) -> bytes:  # for Prometheus; of this process, but for keys and journal
+        (keys, entries), volumes = self.index.count(), set(self.flags.volumes)
         label, times = 'requests_total{{method="{}",status="{}"}}', self.seconds.items()
         values = {label.format(m, status.decode()): n for (m, status), n in self.requests.items()}
         values |= {f'request_seconds_total{{method="{method}"}}': spent for method, spent in times}
         values |= {"received_bytes_total": self.received, "event_loop_lag_seconds": self.lag}
-        values |= {"keys": self.index.count(self.index.keys), "connections": len(self.connections)}
-        values |= {"volumes": len(self.flags.volumes), "volumes_up": len(up)}
-        values |= {"journal_entries": self.index.count(self.index.journal)}
+        values |= {"keys": keys, "journal_entries": entries, "connections": len(self.connections)}
+        values |= {"volumes": len(volumes), "volumes_up": len(volumes - set(self.volumes.down))}
         return "".join(f"mkv_{name} {value}\n" for name, value in values.items()).encode()
 
     async def sweep(self) -> None:
         """Delete garbage older than `grace`, the older the more seldom; evict owners that are dead.
-        Until `settle` has passed, 404 does not prove a file gone: a late PUT may still land.
-        """
-        now, grace, owners, left = time.time(), max(self.flags.grace, 0.01), set(), 0
+        Until `settle` has passed, 404 does not prove a file gone: a late PUT may still land."""
+        now, owners, left = time.time(), set(), 0
         for rows in self.index.walk(self.index.journal):
             work = []
             for key, row in [(key, self.index.look(key)) for key, _ in rows]:
                 age = now - row.since
                 if row.owner:
                     owners.add(row.owner.partition(".")[0])
-                elif row.replicas and age >= grace and random.random() * age < 8 * grace:
+                elif age >= self.flags.grace and random.random() * age < 8 * self.pause:
                     left += len(row.replicas)
                     proof = (204, 404) if age > self.flags.settle else (204,)
                     work.append(self.erase(key, row.replicas, proof))
-            await asyncio.sleep(0)  # for the others
             for start in range(0, len(work), 32):
                 left -= sum(await asyncio.gather(*work[start : start + 32]))
+            await asyncio.sleep(0)  # for the others
         if left and not self.waiting:
             logging.warning("%d files still wait to be deleted", left)
         self.waiting = left
         self.index.env.reader_check()  # a reader that was killed pins old pages
         await self.index.evict_dead(owners)
 
-    async def tick(self) -> None:
-        """Try what is down, end idle connections, see how late we are."""
+    async def tick(self) -> None:  # try what is down, end idle connections, see how late we are
         now = time.monotonic()
         self.lag, self.ticked = max(0.0, now - self.ticked - TICK), now
-        for place in [place for place, (due, _) in self.volumes.down.items() if due <= now]:
-            if "/" not in place:  # a location is tried by the next PUT
+        for place, (due, _) in self.volumes.down.items():
+            if due <= now and "/" not in place:  # a location is tried by the next PUT
                 self.volumes.probe(place)
         for connection in list(self.connections):
             if not connection.task and now - connection.started > IDLE_TIME:
-                connection.writer.transport.abort()
+                connection.transport.abort()
 
 
-async def every(seconds: float, job: Callable) -> None:
-    """Do a job again and again, for at most a fifth of the time."""
+async def every(seconds: float, job: Callable) -> None:  # for at most a fifth of the time
     while True:
         began = time.monotonic()
         with contextlib.suppress(HTTPError, OSError):  # no room, no descriptor: later
@@ -972,207 +864,8 @@ async def every(seconds: float, job: Callable) -> None:
         await asyncio.sleep(max(seconds, 4 * (time.monotonic() - began)))
 
 
-# --- maintenance ----------------------------------------------------------------------------------
-# rebuild, rebalance, verify: over all files, or all keys, in constant memory. What they find goes
-# to stdout as lines of JSON; how far they are, and what came of it, to stderr.
-
-
-async def in_parallel(jobs: Iterator[Coroutine], count: int) -> None:
-    """Run all jobs, `count` at a time. The first that fails ends it."""
-
-    async def work() -> None:
-        for job in jobs:
-            await job
-
-    workers = [asyncio.create_task(work()) for _ in range(count)]
-    try:
-        await asyncio.gather(*workers)
-    finally:
-        for worker in workers:
-            worker.cancel()
-        await asyncio.gather(*workers, return_exceptions=True)
-
-
-class Maintenance:
-    """One run of a command."""
-
-    def __init__(self, flags: argparse.Namespace, index: Index) -> None:
-        self.flags, self.index, self.store = flags, index, Store(flags, index)
-        self.ask, self.found = self.store.volumes.request, Counter()
-        self.done, self.total, self.began = 0, 256, time.monotonic()
-
-    def report(self, finding: str, key: bytes, replica: Replica | None, **more: Any) -> None:
-        """Print what is not as it should be, and where."""
-        self.found[finding] += 1
-        row = {"finding": finding, "key": key.decode()}
-        if replica:
-            row |= {"location": replica.location, "path": key2path(key, replica.write_id)}
-        print(json.dumps(row | more), flush=True)
-
-    async def progress(self) -> None:
-        """Tell how far it is; on a terminal always in the same line."""
-        rate, end = self.done / (time.monotonic() - self.began), "  \r" if TERMINAL else "\n"
-        left = f"{(self.total - self.done) / rate:.0f} s left" if rate else "starting"
-        line = f"{self.flags.command}: {self.done} of {self.total}, {rate:.0f}/s, {left}"
-        print(line, end=end, file=sys.stderr, flush=True)
-
-    async def run(self) -> int:
-        """Do it, and say in the last line what came of it: the exit status."""
-        asyncio.get_running_loop().add_signal_handler(signal.SIGINT, asyncio.current_task().cancel)
-        showing = asyncio.create_task(every(0.2 if TERMINAL else 10, self.progress))
-        try:
-            status = await getattr(self, self.flags.command)()
-        except asyncio.CancelledError:
-            status = 130
-        except HTTPError as error:
-            logging.error("%s", error)
-            status = 2
-        showing.cancel()
-        await self.progress()
-        found = ", ".join(f"{count} {finding}" for finding, count in sorted(self.found.items()))
-        logging.warning("%s: %s", self.flags.command, found or "nothing to report")
-        return status
-
-    async def for_keys(self, job: Callable) -> None:
-        """Run job(key, text) for every record."""
-        self.done, self.total = 0, self.index.count(self.index.keys)
-
-        async def one(key: bytes, text: bytes) -> None:
-            await job(key, text)
-            self.done += 1
-
-        rows = (row for rows in self.index.walk(self.index.keys) for row in rows)
-        await in_parallel((one(*row) for row in rows), 64)
-
-    async def list(self, location: str, folder: str) -> list[dict]:
-        """What is in a folder. 503 when that cannot be known, unless it does not matter."""
-        try:
-            pieces = [piece async for piece in self.store.volumes.read(location, quote(folder))]
-            return json.loads(b"".join(pieces).decode(errors="replace"))
-        except (HTTPError, ValueError) as error:
-            if getattr(error, "status", 503) == 404:
-                return []
-            self.report("unreachable", b"", None, location=location, reason=str(error))
-            partial = self.flags.partial or self.flags.command == "verify"
-            require(partial, 503, f"{location}{folder} cannot be listed, and nothing is changed")
-            return []
-
-    async def walk(self, folder: str, places: Sequence[str], job: Callable) -> None:
-        """Run job(key, {replica: size}) for all keys that have files below a folder of places."""
-        lists = await asyncio.gather(*(self.list(place, folder) for place in places))
-        folders, files = defaultdict(list), defaultdict(dict)
-        rows = [(p, row) for p, found in zip(places, lists, strict=True) for row in found]
-        for place, row in rows:
-            path = folder + row["name"]
-            try:
-                if row["type"] == "file":
-                    key, write_id = path2key(path)
-                    files[key][Replica(place, write_id)] = row["size"]
-                elif not re.fullmatch("/sv[0-9A-F]{2}", path):
-                    folders[path + "/"].append(place)
-            except ValueError:
-                self.report("name", b"", None, location=place, path=path)
-        for key, found in files.items():
-            await job(key, found)
-        await in_parallel((self.walk(path, folders[path], job) for path in sorted(folders)), 8)
-        self.done += len(folder) == 4
-
-    async def for_files(self, job: Callable) -> None:
-        """Run job(key, {replica: size}) for all keys of which there are files, in 256 parts."""
-        self.done, self.total, places = 0, 256, set(self.flags.volumes)
-        for volume in self.flags.volumes:
-            drives = {
-                row["name"] for row in await self.list(volume, "/") if row["name"][:2] == "sv"
-            }
-            expected = range(self.flags.subvolumes if self.flags.subvolumes > 1 else 0)
-            places |= {
-                f"{volume}/{drive}" for drive in drives.union(map("sv{:02X}".format, expected))
-            }
-        await self.walk("/", sorted(places), job)
-
-    async def rebuild(self) -> int:
-        """Make a new index from the files, beside the old one, and put it in its place."""
-        folder, old = self.flags.db / "rebuild", self.index
-        shutil.rmtree(folder, ignore_errors=True)
-        new, known = Index(folder), old.count(old.keys) or self.flags.adopt_garbage
-
-        async def adopt(key: bytes, files: dict[Replica, int]) -> None:
-            record, listed, before = *old.look(key)[::3], new.look(key).record
-            files |= dict.fromkeys(before.replicas, before.size)  # of a name that was cut elsewhere
-            files = {r: size for r, size in files.items() if r not in listed}
-            newest = max((r.write_id[:8] for r in files), default="")
-            sizes = Counter(size for r, size in files.items() if r.write_id[:8] == newest)
-            fits = record.write_id[:8] == newest and record.size in sizes
-            size = record.size if fits or not sizes else sizes.most_common(1)[0][0]
-            value = [r for r in files if r.write_id[:8] == newest and files[r] == size]
-            ranking, garbage = self.store.ranking(key), [r for r in files if r not in value]
-            value.sort(key=lambda r: [*ranking, r.location].index(r.location))
-            for replica in garbage:
-                self.report("garbage", key, replica)
-            write_id = value[0].write_id if value else ""
-            made = Record(tuple(value), size, write_id, record.hash * fits, record.deleted)
-            await new.do(Row.adopt, key, made, garbage if known else ())
-
-        try:
-            for rows in old.walk(old.journal):
-                for key, _ in rows:
-                    await new.do(Row.adopt, key, Record(()), old.look(key).replicas)
-            await self.for_files(adopt)
-        finally:
-            new.close()
-        (folder / "data.mdb").replace(self.flags.db / "data.mdb")
-        return 1 if self.found["name"] or self.found["unreachable"] else 0
-
-    async def rebalance(self) -> int:
-        """Bring every key to its ideal volumes, and repair what verify finds."""
-
-        async def move(key: bytes, _: bytes) -> None:
-            for deep in self.flags.deep, True:
-                try:
-                    return await self.store.move(key, deep)
-                except HTTPError as error:
-                    failure = error
-            if failure.status != 404:  # else it was deleted meanwhile
-                self.report("failed", key, None, reason=failure.reason)
-
-        await self.for_keys(move)
-        if self.index.count(self.index.journal):  # what was replaced, once no reader is on his way
-            await asyncio.sleep(self.flags.grace)
-            await self.store.sweep()
-        return 1 if self.found else 0
-
-    async def verify(self) -> int:
-        """Compare the index with the volumes, both ways. Changes nothing."""
-
-        async def check(key: bytes, text: bytes) -> None:
-            record, want = parse_record(text), self.flags.replicas
-            verdicts = await self.store.examine(key, record, self.flags.deep)
-            if self.index.get(key) == text:  # else it has changed meanwhile
-                places, home = [r.location for r in record.replicas], self.store.ranking(key, want)
-                for replica in filter(verdicts.get, verdicts):
-                    self.report(key=key, replica=replica, **verdicts[replica])
-                if (good := list(verdicts.values()).count({})) < want:
-                    self.report("under-replicated", key, None, have=good, want=want)
-                if places != home:
-                    self.report("unbalanced", key, None, locations=places, ideal=home)
-
-        async def identify(key: bytes, files: dict[Replica, int]) -> None:
-            for replica, size in files.items():
-                path = key2path(key, replica.write_id)
-                if not self.index.look(key).names(replica):  # it may have been deleted meanwhile
-                    status, _ = await self.ask("HEAD", replica.location, path)
-                    if status == 200 and not self.index.look(key).names(replica):
-                        self.report("unknown", key, replica, size=size)
-
-        await self.for_keys(check)
-        await self.for_files(identify)
-        return 2 if self.found["unreachable"] else 1 if self.found else 0
-
-
 # --- command line ---------------------------------------------------------------------------------
 # Flags as the ancestor has them (one dash or two), the server process, the volumes of the demo.
-
-TERMINAL = sys.stderr.isatty()
 
 
 def duration(text: str) -> float:
@@ -1180,23 +873,21 @@ def duration(text: str) -> float:
     parts = re.findall(r"([0-9]+\.?[0-9]*)(h|ms|m|s)", text)
     if text != "0" and (not parts or "".join(map("".join, parts)) != text):
         raise ValueError
-    units = {"h": 3600, "m": 60, "s": 1, "ms": 0.001}
-    return sum(float(number) * units[unit] for number, unit in parts)
+    return sum(float(n) * {"h": 3600, "m": 60, "s": 1, "ms": 0.001}[unit] for n, unit in parts)
 
 
 def addresses(text: str) -> tuple[str, ...]:
     """host:port,host:port,… ValueError for doubles and what is none."""
-    volumes = tuple(text.split(","))
-    address = re.compile(r"([\w.-]+|\[[0-9a-f:.]+\]):[0-9]{1,5}")
+    volumes, address = text.split(","), re.compile(r"([\w.-]+|\[[0-9a-f:.]+\]):[0-9]{1,5}")
     if not all(map(address.fullmatch, volumes)) or len(set(volumes)) < len(volumes):
         raise ValueError
-    return volumes
+    return tuple(volumes)
 
 
 def parse_flags(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """The flags, checked, and volumes of its own if none are given."""
-    parser.add_argument("command", choices=["server", "rebuild", "rebalance", "verify"])
-    for name, kind, default, text in (  # kind None: a switch
+    parser.add_argument("command", choices=["server"])
+    for name, kind, default, text in (
         ("volumes", addresses, (), "host:port,… (without: three of its own, for a look around)"),
         ("db", Path, Path("mkv-data/index"), "folder of the index"),
         ("port", int, 3000, "port to listen on"),
@@ -1208,18 +899,15 @@ def parse_flags(parser: argparse.ArgumentParser) -> argparse.Namespace:
         ("voltimeout", duration, 1.0, "how long a volume may be silent; 0: always ask"),
         ("settle", duration, 3600.0, "after this time no request can still take effect"),
         ("grace", duration, 60.0, "how long replaced files stay for readers on their way"),
-        ("protect", None, False, "DELETE only what is unlinked"),
+        ("protect", None, False, "UNLINK before DELETE"),
         ("v", None, False, "log every request"),
-        ("deep", None, False, "verify, rebalance: read all values and check their MD5"),
-        ("partial", None, False, "rebuild: do without volumes that cannot be listed"),
-        ("adopt-garbage", None, False, "rebuild: delete old versions even if there was no index"),
     ):
         how = {"type": kind, "default": default} if kind else {"action": "store_true"}
         parser.add_argument(f"-{name}", f"--{name}", help=text, **how)
     flags = parser.parse_args()
-    flags.demo = () if flags.volumes or flags.command != "server" else (3001, 3002, 3003)
+    flags.demo = () if flags.volumes else (3001, 3002, 3003)
     flags.bind = flags.bind or ("127.0.0.1" if flags.demo else "0.0.0.0")
-    flags.volumes = flags.volumes or tuple(f"127.0.0.1:{port}" for port in (3001, 3002, 3003))
+    flags.volumes = flags.volumes or tuple(f"127.0.0.1:{port}" for port in flags.demo)
     for name, most in ("port", 65535), ("subvolumes", 256), ("replicas", len(flags.volumes)):
         if not 1 <= getattr(flags, name) <= most:
             parser.error(f"-{name} is 1 to {most}")
@@ -1233,11 +921,10 @@ def own_volumes(flags: argparse.Namespace) -> Iterator[None]:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, until serve() takes both
     try:
         for port in flags.demo:
-            folder, script = Path(f"mkv-data/volume{port}"), Path(__file__).with_name("volume.sh")
-            flags_of = {"PORT": f"{port}", "HOST": "127.0.0.1", "SUBVOLUMES": f"{flags.subvolumes}"}
-            command, env = [script, folder], os.environ | flags_of
+            command = [Path(__file__).with_name("volume.sh"), f"mkv-data/volume{port}"]
+            mine = {"PORT": f"{port}", "HOST": "127.0.0.1", "SUBVOLUMES": f"{flags.subvolumes}"}
+            env, pid = os.environ | mine, Path(command[1], ".nginx/pid")  # written when it listens
             volumes.append(subprocess.Popen(command, env=env, start_new_session=True))
-            pid = folder / ".nginx/pid"  # there when nginx listens
             while not pid.exists() or pid.read_text().strip() != str(volumes[-1].pid):
                 if volumes[-1].poll() is not None:
                     sys.exit(2)  # volume.sh has said why
@@ -1264,59 +951,46 @@ def listen(flags: argparse.Namespace) -> tuple[socket.socket, Any]:
     return listener, lock
 
 
-async def serve(flags: argparse.Namespace, index: Index, listener: socket.socket) -> int:
+async def serve(store: Store, listener: socket.socket) -> None:
     """The server, until SIGINT or SIGTERM; then what is in hand, or has connected already."""
-    loop, stop, store = asyncio.get_running_loop(), asyncio.Event(), Store(flags, index)
+    loop, stop = asyncio.get_running_loop(), asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.set)
-    await index.evict_dead(set())
+    await store.index.evict_dead(set())
     queue, connect = listener.dup(), functools.partial(Connection, store)
     server = await loop.create_server(connect, sock=listener, backlog=4096)
-    sweeping = every(min(5.0, flags.grace / 2 + 0.05), store.sweep)
-    jobs = [asyncio.create_task(job) for job in (sweeping, every(TICK, store.tick), stop.wait())]
+    jobs = every(store.pause, store.sweep), every(TICK, store.tick), stop.wait()
+    jobs = [asyncio.create_task(job) for job in jobs]
     done, _ = await asyncio.wait(jobs, return_when=asyncio.FIRST_COMPLETED)
     await asyncio.gather(*done)  # raises what ended a job
     server.close()
     store.draining, began = True, time.monotonic()
-    with contextlib.suppress(BlockingIOError):
+    with queue, contextlib.suppress(BlockingIOError):
         while True:
             await loop.connect_accepted_socket(connect, queue.accept()[0])
     while store.connections:
         for connection in list(store.connections):  # an idle one has a second to ask once more
             if time.monotonic() - began > (DRAIN_TIME if connection.task else 1):
-                connection.writer.transport.abort()
+                connection.transport.abort()
         await asyncio.sleep(0.02)
-    return 0
 
 
 def main() -> None:
-    """What `python mkv.py` does."""
     parser = argparse.ArgumentParser("mkv.py", usage=argparse.SUPPRESS, allow_abbrev=False)
     flags = parse_flags(parser)
-    level = logging.INFO if flags.v else logging.WARNING
-    logging.basicConfig(format="%(asctime)s %(message)s", level=level)
+    logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO)
     try:
-        index = Index(flags.db, exclusive=flags.command == "rebuild")
-        listener, _lock = listen(flags) if flags.command == "server" else (None, None)
-    except BlockingIOError:
-        parser.error(f"-db {flags.db} is in use by a server, or by a rebuild")
-    except lmdb.MemoryError:
-        parser.error(f"not enough address space for {MAP_SIZE >> 30} GiB of index: see ulimit -v")
+        index = Index(flags.db)
+        listener, _lock = listen(flags)
     except (OSError, lmdb.Error) as error:
         parser.error(f"cannot use -db {flags.db} and -port {flags.port}: {error}")
-    if not listener:
-        status = uvloop.run(Maintenance(flags, index).run())
-    else:
-        with own_volumes(flags):
-            at, names = f"http://{flags.bind}:{flags.port}", ", ".join(flags.volumes)
-            print(f"mkv is at {at}, its index in {flags.db}, its volumes at {names}", flush=True)
-            if flags.demo:
-                print(
-                    f"curl -X PUT -d swag {at}/key\ncurl -L {at}/key\ncurl '{at}/?list'", flush=True
-                )
-            status = uvloop.run(serve(flags, index, listener))
+    with own_volumes(flags):
+        at, names = f"http://{flags.bind}:{flags.port}", ", ".join(flags.volumes)
+        print(f"mkv is at {at}, its index in {flags.db}, its volumes at {names}", flush=True)
+        if flags.demo:
+            print(f"curl -X PUT -d swag {at}/key\ncurl -L {at}/key\ncurl '{at}/?list'", flush=True)
+        uvloop.run(serve(Store(flags, index), listener))
     index.close()
-    sys.exit(status)
 
 
 if __name__ == "__main__":
