@@ -442,7 +442,7 @@ class Connection(Wire):  # of a client; what takes no waiting is answered on arr
                     while await self.reader.read(READ_AHEAD):
                         pass
                 self.transport.close()
-            self.task = None
+            self.task, self.started = None, time.monotonic()
         except BaseException as error:  # the client is gone or might as well be, or there is a bug
             self.transport.abort()
             if not isinstance(error, OSError | EOFError | RuntimeError):
@@ -523,7 +523,7 @@ class Volumes:  # what is known of them; a location that answers is trusted for 
         self.timeout, self.patience = timeout, timeout or 1.0
         self.idle: dict[str, list[Link]] = defaultdict(list)
         self.trusted: dict[str, float] = {}  # location → until when (monotonic)
-        self.down: dict[str, tuple[float, float]] = {}  # volume or location → next try, pause
+        self.down: dict[str, tuple] = {}  # volume, or location + "/" → time of next try, pause
         self.probes: dict[str, asyncio.Task] = {}  # under way, by location
 
     def distrust(self, volume: str) -> None:  # ask all its locations before the next redirect
@@ -541,7 +541,7 @@ class Volumes:  # what is known of them; a location that answers is trusted for 
             self.down[place] = time.monotonic() + pause, pause
 
     def takes(self, location: str) -> bool:  # whether it is up, or it is time to try again
-        due, _ = self.down.get(location, (0.0, 0.0))
+        due, _ = self.down.get(location + "/", (0.0, 0.0))
         return location.partition("/")[0] not in self.down and due <= time.monotonic()
 
     @contextlib.asynccontextmanager
@@ -564,7 +564,7 @@ class Volumes:  # what is known of them; a location that answers is trusted for 
                 link = None
         except TROUBLE as error:
             self.distrust(volume)
-            place = location if link and link.reader._buffer else volume  # it may answer too early
+            place = location + "/" if link and link.reader._buffer else volume  # answered too early
             self.mark(place, str(error) or repr(error))
             raise
         finally:
@@ -579,7 +579,7 @@ class Volumes:  # what is known of them; a location that answers is trusted for 
         link.kept = not close
         self.mark(link.volume, "")
         if status >= 500 or method == "PUT":
-            self.mark(location, "" if status == 201 else f"it answers {status}")
+            self.mark(location + "/", "" if status == 201 else f"it answers {status}")
         if status < 300:
             self.trusted[location] = time.monotonic() + self.timeout
         elif status != 404:
@@ -745,8 +745,8 @@ class Store:  # an index, volumes, and the flags that say how to use them
                     await self.index.do(Row.extend, key, owner, Replica(place, write_id))
                     copy = self.volumes.read(random.choice(made), path)
                     with contextlib.suppress(HTTPError):  # the next one may do
-                        copied, _, _ = await self.volumes.write(path, [place], size, copy)
-                        made += [place] if copied[place] == 201 else []
+                        copied, _, same = await self.volumes.write(path, [place], size, copy)
+                        made += [place] if copied[place] == 201 and same == md5 else []
             require(len(made) == count, 503, f"{count} replicas cannot be made: {statuses}")
             replicas = tuple(Replica(p, write_id) for p in sorted(made, key=ranking.index))
             record = Record(replicas, size, write_id, digest if self.flags.md5sum else "")
@@ -966,7 +966,7 @@ async def serve(store: Store, listener: socket.socket) -> None:
     server.close()
     store.draining, began = True, time.monotonic()
     with queue, contextlib.suppress(BlockingIOError):
-        while True:
+        while time.monotonic() < began + DRAIN_TIME:
             await loop.connect_accepted_socket(connect, queue.accept()[0])
     while store.connections:
         for connection in list(store.connections):  # an idle one has a second to ask once more

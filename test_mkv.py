@@ -28,6 +28,8 @@ import sys
 import tempfile
 import threading
 import time
+import types
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -996,7 +998,15 @@ class Parser(asyncio.StreamReader):
         return mkv.read_body(self, length, seconds)
 
 
-async def messages(pieces: Iterable[bytes]) -> list[tuple[mkv.Request | int, bytes]]:
+async def next_request(parser: Parser) -> tuple[mkv.Request, int | None]:
+    """The head of a request and the length of its body, as a connection reads them."""
+    head = mkv.parse_request(await parser.head())
+    return head, head.length
+
+
+async def messages(
+    pieces: Iterable[bytes], next_head: Callable = next_request
+) -> list[tuple[Any, bytes]]:
     """What a parser makes of these pieces: heads and bodies, or the status at last."""
     parser, found = Parser(), []
 
@@ -1010,8 +1020,8 @@ async def messages(pieces: Iterable[bytes]) -> list[tuple[mkv.Request | int, byt
     feeding = asyncio.create_task(feed())
     try:
         while True:
-            head = mkv.parse_request(await parser.head())
-            body = b"".join([piece async for piece in parser.body(head.length, 60)])
+            head, length = await next_head(parser)
+            body = b"".join([piece async for piece in parser.body(length, 60)])
             found.append((head, body))
     except mkv.HTTPError as error:
         found.append((error.status, b""))
@@ -1123,6 +1133,18 @@ async def test_a_body_may_be_waited_for_as_long_as_its_bytes_allow() -> None:
     with pytest.raises(mkv.HTTPError, match="ended early"):
         parser.feed_eof()
         assert not [piece async for piece in parser.body(11, 60)]
+
+
+@pytest.mark.asyncio
+async def test_a_fast_start_buys_no_more_time_than_the_limit() -> None:
+    for length, start in ((10_000_000, b""), (None, b"989680\r\n")):
+        parser = Parser()
+        parser.feed_data(start + bytes(5_000_000))
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(10) as guard:
+                async for _ in parser.body(length, 0.05):
+                    pass
+        assert not guard.expired()
 
 
 # --- the protocol ---------------------------------------------------------------------------------
@@ -1822,6 +1844,415 @@ def test_idle_connections_end(cluster: Callable[..., Cluster]) -> None:
         used.send(request("GET", "/?health"))
         assert used.answer().status == 200
         assert fresh.closed() and used.closed()
+
+
+# --- bytes that nobody meant ----------------------------------------------------------------------
+
+
+CLOSE = "Connection: close\r\n"
+LAST = request("GET", "/?health", b"", CLOSE)
+ODD = [b"\r", b"\n", b"\0", b" ", b":", b",", b";", b"%", b"\xff", b"\r\n", b"\r\n\r\n", b"0", b"-"]
+ODD += [b"9" * 40, b"x" * 500, b"HTTP/1.0", b"Content-Length: 7\r\n", b"Expect: 100-continue\r\n"]
+ODD += [CHUNKED.encode(), CLOSE.encode(), b"fffffffffffffff\r\n", b"X: y\r\n" * 120]
+ODD += [b"\t", b"\r\n Host: y", b"Host: y\r\n", b"x" * mkv.MAX_HEAD]
+REQUESTS = [
+    request("GET", "/%41?list&start=%00"),
+    request("HEAD", "http://x/e", b"", "X: y\r\n" + CLOSE),
+    request("PUT", "/b", b"x" * 50),
+    request("PUT", "/c", b"", CHUNKED) + b"5;x=y\r\nabcde\r\n0\r\nTrailer: 1\r\n\r\n",
+    b"DELETE /d HTTP/1.0\r\nExpect: 100-continue\r\n\r\n",
+]
+ANSWERS = [
+    b"HTTP/1.1 201 Created\r\nServer: nginx\r\nContent-Length: 3\r\nLocation: http://x/\r\n\r\nabc",
+    b"HTTP/1.1 204 No Content\r\nConnection: close\r\n\r\n",
+    b"HTTP/1.1 404 Not Found\r\n" + CHUNKED.encode() + b"\r\n4;x\r\n<h1>\r\n0\r\nX: y\r\n\r\n",
+    b"HTTP/1.0 200\r\nETag: x\r\n\r\n",
+]
+
+
+def mutated(chance: random.Random, data: bytes) -> bytes:
+    """The bytes with up to four changes: cut, doubled, or with something odd put in."""
+    for _ in range(chance.randrange(5)):
+        begin = chance.randrange(len(data) + 1)
+        end = begin + chance.choice((0, 0, 1, 1, 2, 40))
+        new = chance.choice((chance.choice(ODD), data[begin:end] * 2, b"", chance.randbytes(1)))
+        data = data[:begin] + new + data[end:]
+    return data
+
+
+async def next_answer(parser: Parser) -> tuple[tuple[int, int | None], int | None]:
+    """Status and length of an answer, and its length again, as they are heard from a volume."""
+    link = types.SimpleNamespace(reader=parser, volume="v")
+    status, length = await mkv.Volumes(1.0).hear(link, "GET", "v")
+    return (status, length), length
+
+
+def assert_request(head: mkv.Request, body: bytes) -> None:
+    """That nothing in an accepted request could be read in another way."""
+    assert head.method.isascii() and head.method.isupper()
+    assert re.fullmatch(rb"/[^\0-\x20\x7f?#]*", head.path)
+    assert b"," not in head.fields.get(b"host", b"")
+    for name, value in head.fields.items():
+        assert name == name.lower() and re.fullmatch(rb"[^\0-\x20\x7f-\xff:,;]+", name)
+        assert value == value.strip() and not re.search(rb"[\0-\x08\x0a-\x1f\x7f]", value)
+    coded, sized = b"transfer-encoding" in head.fields, head.fields.get(b"content-length")
+    assert head.length == (None if coded else int(sized or 0)) and not (coded and sized)
+    assert head.length in (None, len(body))
+    with contextlib.suppress(mkv.HTTPError):
+        key = mkv.parse_key(head.path)
+        assert 2 <= len(key) <= mkv.MAX_KEY and key.decode()
+
+
+def assert_answer(head: tuple[int, int | None], body: bytes) -> None:
+    status, length = head
+    assert 200 <= status < 600 and length in (None, len(body))
+
+
+@pytest.mark.parametrize(
+    ("next_head", "seeds", "count", "check"),
+    [
+        (next_request, REQUESTS, 80_000, assert_request),
+        (next_answer, ANSWERS, 20_000, assert_answer),
+    ],
+    ids=["requests", "answers"],
+)
+@pytest.mark.asyncio
+async def test_no_bytes_surprise_a_parser_however_they_are_cut(
+    next_head: Callable, seeds: list[bytes], count: int, check: Callable
+) -> None:
+    chance, ends = random.Random(count), Counter()
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for number in range(count):
+        data = mutated(chance, b"".join(chance.choices(seeds, k=2)))
+        cuts = sorted(chance.choices(range(len(data) + 1), k=chance.randrange(4)))
+        pieces = [data[begin:end] for begin, end in itertools.pairwise([0, *cuts, len(data)])]
+        async with asyncio.timeout(10):
+            found = await messages(pieces, next_head)
+        refused = bool(found) and isinstance(found[-1][0], int)
+        ends[found[-1][0] if refused else 0] += 1
+        for head, body in found[: len(found) - refused]:
+            check(head, body)
+        if number % 10 == 0:
+            assert await messages([data], next_head) == found, data
+    assert set(ends) <= {0, 400, 431, 501} and min(ends[0], ends[400]) > count // 10, ends
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 32 << 10  # KiB
+
+
+class Memory(asyncio.Transport):
+    """The transport of a client that is not there: what it is sent stays here."""
+
+    def __init__(self, unread: int) -> None:
+        super().__init__()
+        self.sent, self.closed, self.unread = b"", False, unread
+
+    def write(self, data: bytes) -> None:
+        self.sent += data
+
+    def get_write_buffer_size(self) -> int:
+        return self.unread
+
+    def write_eof(self) -> None:
+        pass
+
+    def is_closing(self) -> bool:
+        return self.closed
+
+    def close(self) -> None:
+        self.closed = True
+
+    abort = pause_reading = resume_reading = close  # it never reads too much
+
+
+async def answers_to(
+    store: mkv.Store, pieces: list[bytes], unread: int = 0
+) -> tuple[bytes, Counter, bool]:
+    """What a client is sent for these pieces and its end, what is counted, if all was at once."""
+    store.requests, transport, at_once = Counter(), Memory(unread), True
+    connection = mkv.Connection(store)
+    connection.connection_made(transport)
+    for piece in pieces:
+        connection.data_received(piece)
+        at_once = at_once and not connection.task
+        for _ in range(5):  # the task takes what it can
+            await asyncio.sleep(0)
+    connection.eof_received()
+    if connection.task:
+        async with asyncio.timeout(10):
+            await connection.task
+    connection.connection_lost(None)
+    transport.close()
+    return transport.sent, store.requests, at_once
+
+
+@pytest.mark.asyncio
+async def test_whatever_is_answered_at_once_is_answered_so_by_a_task(tmp_path: Path) -> None:
+    chance, count, alone = random.Random(3), 20_000, 0
+    flags = types.SimpleNamespace(voltimeout=1.0, grace=1.0, volumes=["v:1"], replicas=1)
+    flags.subvolumes, flags.fallback, flags.v = 1, "", False
+    targets = ("/k%C3%A9y", "/k%C3%A9y", "/missing", "//", "/%zz", "/%ff", "/" + "k" * 511)
+    fields = ("", "Connection: keep-alive\r\n", "Content-Length: 0\r\n", "Expect: x\r\n")
+    with opened(tmp_path / "index") as index:
+        await write(index, "/kéy".encode(), "v:1")
+        store = mkv.Store(flags, index)
+        store.volumes.trusted["v:1"] = math.inf
+        for _ in range(count):
+            method = chance.choice(("GET", "HEAD"))
+            head = request(method, chance.choice(targets), b"", chance.choice(fields))
+            data, cut = mutated(chance, head), chance.randrange(1, 14)  # in the first line
+            *whole, at_once = await answers_to(store, [data])
+            *parts, _ = await answers_to(store, [data[:cut], data[cut:]])
+            *late, hasty = await answers_to(store, [data], unread=1)  # not the first of its answers
+            assert whole == parts == late and not (data and hasty), data
+            alone += at_once
+    assert count // 8 < alone < count // 2
+
+
+@pytest.mark.parametrize("path", ["/k%C3%A9y", "/missing", "/%zz", "/", "/k%00", "http://x/a"])
+def test_the_wire_shows_no_difference_between_the_ways_to_an_answer(
+    system: Cluster, path: str
+) -> None:
+    if path == "/k%C3%A9y":
+        assert system.server.put(path, b"value") == 201
+    odd = ("", CLOSE, "Host: y\r\n", "X: y\r\n z\r\n", f"X: {'x' * 2000}\r\n", "Expect: x\r\n")
+    for method, fields in itertools.product(("GET", "HEAD", "GETS"), odd):
+        data, answers = request(method, path, b"", fields), []
+        for first, rest in ((data, LAST), (data[:7], data[7:] + LAST)):
+            with Wire(system.server.port) as wire:
+                wire.send(first)
+                if first == data:
+                    wire.file.peek(1)
+                with contextlib.suppress(OSError):  # closed after the first
+                    wire.send(rest)
+                answers.append(re.sub(rb"Location: [^\r]*", b"", wire.file.read()))
+        assert answers[0] == answers[1] and answers[0], data
+
+
+@pytest.mark.parametrize(
+    ("status", "fields"),
+    [
+        (400, "X: y\r\n"),
+        (400, "Host: x\r\nHost: y\r\n"),
+        (400, "Host: x\r\nX: y\r\n z\r\n"),
+        (400, "Host: x\r\nContent-Length: 0\r\nTransfer-Encoding: chunked\r\n"),
+        (404, "Host: x\r\nContent-Length: 1000\r\n"),
+        (404, f"Host: x\r\n{CHUNKED}"),
+        (501, "Host: x\r\nTransfer-Encoding: gzip\r\n"),
+    ],
+)
+def test_a_get_that_came_alone_ends_the_connection_if_it_is_doubtful_or_has_a_body(
+    system: Cluster, status: int, fields: str
+) -> None:
+    for _ in range(2):  # nor is it taken when such a head is known
+        with Wire(system.server.port) as wire:
+            wire.send(f"GET /doubtful HTTP/1.1\r\n{fields}\r\n".encode())
+            answer = wire.answer()
+            assert (answer.status, answer.fields["connection"]) == (status, "close")
+            wire.send(SMUGGLED)
+            assert wire.closed()
+    assert system.server.get("/smuggled") is None
+
+
+def test_many_different_heads_leave_little_in_memory(system: Cluster) -> None:
+    def send(count: int) -> int:
+        with Wire(system.server.port) as wire:
+            for number in range(count):
+                fields = "".join(f"X-{n}: {number}{'x' * 150}\r\n" for n in range(90))
+                wire.send(request("GET", f"/k{number}", b"", fields))
+                assert wire.answer().status == 404
+        return anonymous_memory(system.server.process.pid)
+
+    first = send(1)
+    known = send(400)  # more than are remembered
+    assert known - first < 32_000_000
+    assert send(2000) - known < 8_000_000  # of 30 MB
+
+
+def test_methods_that_are_none_are_not_counted_one_by_one(system: Cluster) -> None:
+    for method in ("LOOK", "ASK", "GETS"):
+        assert statuses(raw(system.server.port, request(method, "/k", b"", CLOSE))) == [405]
+        assert f'"{method}"' not in system.server.call("GET", "/?metrics").body.decode()
+
+
+def test_http_1_0_hears_no_100_continue(system: Cluster) -> None:
+    head = b"PUT /old-expecting HTTP/1.0\r\nContent-Length: 5\r\nExpect: 100-continue\r\n\r\n"
+    assert statuses(raw(system.server.port, head + b"value")) == [201]
+
+
+# --- readers that do not read, volumes that lie ---------------------------------------------------
+
+
+def quiet_reader(port: int) -> socket.socket:
+    """A connection of a client that has little room for answers."""
+    wire = socket.socket()
+    wire.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8192)
+    wire.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65536)
+    wire.connect(("127.0.0.1", port))
+    return wire
+
+
+def test_who_asks_and_asks_and_never_reads_is_not_listened_to(
+    cluster: Callable[..., Cluster],
+) -> None:
+    preamble = "mkv.HEAD_TIME, mkv.LINGER_TIME = 3, 0.5"
+    server = cluster("-replicas", "1", volumes=1, preamble=preamble).server
+    data, sent, memory = request("GET", "/missing") * 1000, 0, server.memory()
+    with quiet_reader(server.port) as wire:
+        wire.settimeout(1)
+        with contextlib.suppress(TimeoutError):
+            while sent < 32_000_000:
+                sent += wire.send(data)
+                assert server.call("GET", "/?health").status == 200
+        assert sent < 32_000_000
+        assert server.memory() - memory < 16_000_000
+        until(lambda: server.metric("mkv_connections") == 1)
+
+
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+def test_a_list_that_nobody_reads_is_broken_off_without_a_word(
+    cluster: Callable[..., Cluster], version: str
+) -> None:
+    server = cluster("-replicas", "1", volumes=1, preamble="mkv.IDLE_TIME = 1").server
+    server.stop()
+    with lmdb.open(str(server.db), max_dbs=2, map_size=1 << 40) as env:
+        table = env.open_db(b"keys")
+        with env.begin(table, write=True) as txn, txn.cursor() as cursor:
+            rows = ((b"/%06d" % n + b"x" * 400, b"127.0.0.1:1") for n in range(50_000))
+            cursor.putmulti(rows)
+    server.start()
+    with quiet_reader(server.port) as wire:
+        wire.sendall(f"GET /?list HTTP/{version}\r\nHost: x\r\n\r\n".encode())
+        until(lambda: server.metric('mkv_requests_total{method="GET",status="200"}') > 1)
+        until(lambda: server.metric("mkv_connections") == 1)
+        wire.settimeout(10)
+        answer = b""
+        with contextlib.suppress(ConnectionError):
+            while piece := wire.recv(1 << 20):
+                answer += piece
+        assert statuses(answer) == [200] and answer.count(b"HTTP/1.1") == 1
+        assert not answer.endswith((b"}\n", b"\r\n0\r\n\r\n"))
+
+
+class Liar(threading.Thread):
+    """A volume whose every answer is the same bytes, and then others for ever, if there are any."""
+
+    def __init__(self, answer: bytes, more: bytes | None) -> None:
+        super().__init__(daemon=True)
+        self.listener = socket.create_server(("127.0.0.1", 0), backlog=100)
+        self.name = f"127.0.0.1:{self.listener.getsockname()[1]}"
+        self.asked, self.says = False, (answer, more)
+        self.start()
+
+    def run(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                wire, _ = self.listener.accept()
+                threading.Thread(target=self.lie, args=(wire, *self.says), daemon=True).start()
+
+    def lie(self, wire: socket.socket, answer: bytes, more: bytes | None) -> None:
+        with wire, contextlib.suppress(OSError):
+            self.asked = bool(wire.recv(1 << 20)) or self.asked
+            wire.sendall(answer)
+            while more:
+                wire.sendall(more)
+            while more == b"" and wire.recv(1 << 20):
+                pass
+
+    def close(self) -> None:
+        self.listener.shutdown(socket.SHUT_RDWR)  # close() alone would not wake accept()
+        self.listener.close()
+
+
+HOSTILE = {  # what is said once, and what is repeated for ever; None: closed, empty: silence
+    "nothing": (b"", None),
+    "noise": (random.Random(1).randbytes(50_000), None),
+    "no HTTP": (b"SSH-2.0-OpenSSH_9.2\r\n\r\n", None),
+    "a short body": (b"HTTP/1.1 201 Created\r\nContent-Length: 5\r\n\r\nabc", None),
+    "a negative length": (b"HTTP/1.1 201 Created\r\nContent-Length: -1\r\n\r\n", None),
+    "two lengths": (
+        b"HTTP/1.1 201 Created\r\nContent-Length: 5\r\n" + CHUNKED.encode() + b"\r\n0\r\n\r\n",
+        None,
+    ),
+    "an unknown coding": (b"HTTP/1.1 201 Created\r\nTransfer-Encoding: gzip\r\n\r\n", None),
+    "bad chunks": (b"HTTP/1.1 201 Created\r\n" + CHUNKED.encode() + b"\r\nxyz\r\n", None),
+    "a bare LF": (b"HTTP/1.1 201 Created\nContent-Length: 0\n\n", None),
+    "half a head": (b"HTTP/1.1 201 Created\r\nContent-Le", None),
+    "an unheard-of status": (b"HTTP/1.1 999 Created\r\nContent-Length: 0\r\n\r\n", None),
+    "too many fields": (b"HTTP/1.1 201 Created\r\n" + b"X: y\r\n" * 101 + b"\r\n", None),
+    "endless head": (b"HTTP/1.1 201 Created\r\n", b"X: y\r\n" * 1000),
+    "endless line": (b"HTTP/1.1 201 Created\r\nX: ", b"y" * 10_000),
+    "endless chunk extension": (
+        b"HTTP/1.1 500 X\r\n" + CHUNKED.encode() + b"\r\n5;",
+        b"x" * 10_000,
+    ),
+    "endless body": (
+        b"HTTP/1.1 500 X\r\n" + CHUNKED.encode() + b"\r\n",
+        b"5\r\nabcde\r\n" * 1000,
+    ),
+    "endless trailers": (
+        b"HTTP/1.1 500 X\r\n" + CHUNKED.encode() + b"\r\n0\r\n",
+        b"X: y\r\n" * 1000,
+    ),
+    "endless interim answers": (b"", b"HTTP/1.1 100 Continue\r\n\r\n" * 100),
+    "endless silence": (b"", b""),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_volume_is_a_503_and_no_harm_else(tmp_path: Path, name: str) -> None:
+    liar = Liar(*HOSTILE[name])
+    with opened(tmp_path / "index") as index:
+        asyncio.run(write(index, b"/named", liar.name))
+    flags = ("-volumes", liar.name, "-replicas", "1", "-subvolumes", "1", "-voltimeout", "100ms")
+    server = Server(tmp_path / "index", *free_ports(1), *flags)
+    try:
+        with ThreadPoolExecutor() as pool:
+            puts = {size: pool.submit(server.put, f"/{size}", bytes(size)) for size in (9, 300_000)}
+            assert server.call("GET", "/?health").status == 200  # it does not stop for this
+        assert {size: each.result() for size, each in puts.items()} == {9: 503, 300_000: 503}
+        assert liar.asked
+        assert server.call("GET", "/9").status == server.call("GET", "/300000").status == 404
+        assert server.call("GET", "/named").status in (302, 503)  # the index knows of it
+        assert server.call("DELETE", "/named").status == 204
+        assert server.call("GET", "/named").status == 404
+        assert server.memory() < 100_000_000
+        assert server.stop() == 0
+        assert b"Traceback" not in server.log.read_bytes()
+    finally:
+        server.kill()
+        liar.close()
+
+
+ROTTEN = """
+async def rotten(self, location, path, read=mkv.Volumes.read):
+    async for piece in read(self, location, path):
+        yield {}
+
+mkv.Volumes.read = rotten
+"""
+
+
+@pytest.mark.parametrize(
+    ("size", "piece"),
+    [
+        (1000, "piece[:-1] + b'?'"),
+        (200_000, "piece[:-1] + b'?'"),
+        (1000, "piece + b'?'"),
+        (1000, "piece[1:]"),
+    ],
+)
+def test_a_stand_in_gets_the_bytes_that_were_put_or_is_none(
+    cluster: Callable[..., Cluster], size: int, piece: str
+) -> None:
+    value = random.Random(size).randbytes(size)
+    assert value[-1:] != b"?"
+    system = cluster("-replicas", "2", preamble=ROTTEN.format(piece))
+    ill = volume_at(system, ideal(system, "/copied")[0])
+    ill.kill()
+    assert system.server.put("/copied", value) == 503  # its source gives something else
+    assert system.server.get("/copied") is None
+    ill.start()
+    until(system.is_clean)
+    assert not system.files()
 
 
 # --- uploads --------------------------------------------------------------------------------------
