@@ -35,7 +35,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, namedtuple
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from http import HTTPStatus
 from pathlib import Path
@@ -45,11 +45,11 @@ from urllib.parse import parse_qs, quote, unquote_to_bytes
 import lmdb
 import uvloop
 
-MAX_KEY, MAX_HEAD, MAX_FIELDS = 511, 16384, 100  # bytes: LMDB's limit; twice nginx's; as Apache
+MAX_KEY, MAX_HEAD, MAX_FIELDS = 511, 16384, 100  # bytes: LMDB's limit; twice nginx's; as Apache's
 HEAD_TIME, IDLE_TIME, LINGER_TIME = 10, 60, 5  # seconds for a head, between two, after the last
 BODY_TIME, BODY_RATE = 60, 1024  # seconds for which a body may bring fewer bytes a second than that
 READ_AHEAD, WRITE_AHEAD = 1 << 18, 1 << 20  # bytes held for a reader, or a volume, before a pause
-SMALL = 1 << 16  # bytes up to which a value is held, and sent again if need be
+SMALL = 1 << 16  # bytes up to which a value goes over a connection that is kept
 TICK, DRAIN_TIME = 0.2, 10  # seconds between two rounds of tick(); that SIGTERM leaves to work
 MAP_SIZE = 1 << 40  # address space for LMDB
 METHODS = "GET", "HEAD", "PUT", "DELETE", "UNLINK"
@@ -130,7 +130,7 @@ def parse_record(text: bytes) -> Record:  # the inverse of Record.text(). 500
 
 
 class Row(NamedTuple):
-    """A key in both tables. Its methods are the operations: the new row, and an answer."""
+    """A key in both tables. Its methods are the operations; each returns the new row, an answer."""
 
     record: Record  # empty if there is none
     owner: str  # of the claim, if there is one
@@ -226,20 +226,21 @@ class Index:
         with self.env.begin() as txn:
             return txn.stat(self.keys)["entries"], txn.stat(self.journal)["entries"]
 
-    def walk(self, table: Any, start: bytes | None = b"") -> Iterator[list[tuple[bytes, bytes]]]:
-        """The rows from `start` on, in batches; no snapshot outlasts one, or it would pin pages."""
+    def walk(self, table: Any, start: bytes | None = b"", count: int = 1000) -> Iterator[list]:
+        """Rows from `start` on, in batches; no snapshot outlasts one, or it would pin pages."""
         while start is not None:
             with self.env.begin(table) as txn, txn.cursor() as cursor:
                 found = cursor.set_range(start)
-                rows = list(itertools.islice(cursor.iternext(), 1001)) if found else []
-            start = rows.pop()[0] if len(rows) > 1000 else None
+                rows = list(itertools.islice(cursor.iternext(), count + 1)) if found else []
+            start = rows.pop()[0] if len(rows) > count else None
             yield rows
 
     def do(self, operation: Callable, key: bytes, *args: Any) -> asyncio.Future:
         """Queue an operation: a future of its answer. Who waits may be cancelled, it is not."""
         future = asyncio.get_running_loop().create_future()
         self.queue.append((operation, key, args, time.time(), future))
-        self.flushing = self.flushing or asyncio.create_task(self.flush())
+        if not self.flushing or self.flushing.done() or self.flushing.cancelling():
+            self.flushing = asyncio.create_task(self.flush())
         return asyncio.shield(future)
 
     async def flush(self) -> None:  # group commit: what queues up during one sync is the next
@@ -250,7 +251,6 @@ class Index:
                 if not future.done():  # as is one that was kept
                     refused = isinstance(answer, Exception)
                     (future.set_exception if refused else future.set_result)(answer)
-        self.flushing = None
 
     def commit(self, group: list[tuple]) -> list[Any]:
         """Run operations in one transaction, on disk at the end: their answers, or exceptions."""
@@ -318,13 +318,8 @@ def parse_fields(block: bytes) -> tuple[dict[bytes, bytes], int | None, bool]:
     return fields, int(length) if coding is None else None, b"close" in options
 
 
-class Request(NamedTuple):  # the head of a request
-    method: str
-    path: bytes  # percent-encoded, as sent
-    query: bytes | None
-    fields: dict[bytes, bytes]  # shared with others
-    length: int | None  # bytes of the body, None: chunked
-    close: bool  # the connection ends with the answer
+# As sent: path, query (None without "?"). Length of the body, None: chunked. To close afterwards?
+Request = namedtuple("Request", "method path query fields length close")
 
 
 def parse_request(head: bytes) -> Request:
@@ -337,6 +332,14 @@ def parse_request(head: bytes) -> Request:
     require(minor == b"0" or b"," not in fields.get(b"host", b","), 400, "no Host, or several")
     require(minor == b"1" or length is not None, 400, "chunked in HTTP/1.0")
     return Request(method.decode(), path, query, fields, length, close or minor == b"0")
+
+
+def parse_answer(head: bytes) -> tuple[int, int | None, bool]:
+    """Status of an answer with this head, length (None: chunked), whether it closes. 400, 501."""
+    line, _, block = head.partition(b"\r\n")
+    require(first := STATUS.fullmatch(line), 400, "no answer, or an interim one")
+    _, length, close = parse_fields(block)
+    return int(first[1]), length, close
 
 
 def parse_key(path: bytes) -> bytes:  # that the path of a request names. 400, 414
@@ -389,11 +392,18 @@ async def read_body(reader: asyncio.StreamReader, length: int | None, seconds: f
 
 
 class Wire(asyncio.StreamReaderProtocol):  # a connection, of a client or to a volume
-    def __init__(self) -> None:  # longer heads than the limit fail; at the double reading pauses
+    eof_received = asyncio.Protocol.eof_received  # when the other side closes, so do we
+
+    def __init__(self, lost: Callable) -> None:  # lost(self) is called at its end
         super().__init__(asyncio.StreamReader(MAX_HEAD), self.opened)
+        self.lost = lost
 
     def opened(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.reader, self.writer, self.transport = reader, writer, writer.transport
+
+    def connection_lost(self, error: Exception | None) -> None:
+        super().connection_lost(error)
+        self.lost(self)
 
 
 class Connection(Wire):  # of a client; what takes no waiting is answered on arrival, else by a task
@@ -401,16 +411,12 @@ class Connection(Wire):  # of a client; what takes no waiting is answered on arr
     closing, whole, path = False, True, b"-"  # the last answer is given; the body read; requested
 
     def __init__(self, store: Any) -> None:
-        super().__init__()
+        super().__init__(store.connections.discard)
         self.store, self.started = store, time.monotonic()
         store.connections.add(self)
 
-    def connection_lost(self, error: Exception | None) -> None:
-        super().connection_lost(error)
-        self.store.connections.discard(self)
-
     def eof_received(self) -> bool:
-        super().eof_received()
+        self.reader.feed_eof()
         return self.task is not None  # keep the connection for the answer
 
     def data_received(self, data: bytes) -> None:
@@ -422,7 +428,7 @@ class Connection(Wire):  # of a client; what takes no waiting is answered on arr
         """Answer a GET, if that is all there is, and nothing has to be waited for."""
         self.started = time.monotonic()
         lone = len(data) <= MAX_HEAD and READ.fullmatch(data)
-        if lone and not self.transport.get_write_buffer_size():
+        if lone and not (self.store.draining or self.transport.get_write_buffer_size()):
             with contextlib.suppress(HTTPError):  # the task will meet it again
                 fields, length, close = parse_fields(lone[3])
                 self.path = lone[2]
@@ -499,35 +505,28 @@ class Connection(Wire):  # of a client; what takes no waiting is answered on arr
 
 # --- volumes --------------------------------------------------------------------------------------
 # The client of the volumes: pooled connections, trust in locations that have answered, a list of
-# what is down. That a volume does not answer is no exception, but status 0.
+# what is down. To request(), that a volume does not answer is no exception, but status 0.
 
-TROUBLE = OSError, EOFError, HTTPError, RuntimeError  # a timeout is the first, uvloop's the last
-
-
-class Link(Wire):  # a connection to a volume, for one request at a time
-    kept, eof_received = False, asyncio.Protocol.eof_received  # when nginx closes, so do we
-
-    def __init__(self, volumes: "Volumes", volume: str) -> None:
-        super().__init__()
-        self.volumes, self.volume = volumes, volume
-
-    def connection_lost(self, error: Exception | None) -> None:
-        super().connection_lost(error)
-        if self in self.volumes.idle[self.volume]:
-            self.volumes.idle[self.volume].remove(self)
-            self.volumes.distrust(self.volume)
+TROUBLE = OSError, EOFError, HTTPError, RuntimeError  # also timeouts; uvloop's, on a closed wire
 
 
 class Volumes:  # what is known of them; a location that answers is trusted for `timeout` seconds
     def __init__(self, timeout: float) -> None:
         self.timeout, self.patience = timeout, timeout or 1.0
-        self.idle: dict[str, list[Link]] = defaultdict(list)
+        self.idle: dict[str, list[Wire]] = defaultdict(list)
         self.trusted: dict[str, float] = {}  # location → until when (monotonic)
         self.down: dict[str, tuple] = {}  # volume, or location + "/" → time of next try, pause
         self.probes: dict[str, asyncio.Task] = {}  # under way, by location
 
     def distrust(self, volume: str) -> None:  # ask all its locations before the next redirect
         self.trusted = {p: t for p, t in self.trusted.items() if p.partition("/")[0] != volume}
+        while self.idle[volume]:  # they may be as dead as the one that failed
+            self.idle[volume].pop().transport.abort()
+
+    def lost(self, volume: str, link: Wire) -> None:
+        if link in self.idle[volume]:  # by the other side
+            self.idle[volume].remove(link)
+            self.distrust(volume)
 
     def mark(self, place: str, trouble: str) -> None:
         """A volume does not answer, or a location takes no value; without trouble, it does."""
@@ -537,81 +536,81 @@ class Volumes:  # what is known of them; a location that answers is trusted for 
         if not trouble:
             self.down.pop(place, None)
         elif due <= time.monotonic():
-            pause = min(2 * pause, 8 * self.patience)
+            pause = min(2 * pause, (64 if "/" in place else 8) * self.patience)
             self.down[place] = time.monotonic() + pause, pause
 
-    def takes(self, location: str) -> bool:  # whether it is up, or it is time to try again
+    def up(self, location: str) -> bool:
+        return location.partition("/")[0] not in self.down
+
+    def takes(self, location: str) -> bool:  # whether to PUT there, if only to try it again
         due, _ = self.down.get(location + "/", (0.0, 0.0))
-        return location.partition("/")[0] not in self.down and due <= time.monotonic()
+        return self.up(location) and due <= time.monotonic()
 
     @contextlib.asynccontextmanager
-    async def exchange(self, method: str, location: str, path: str, fields: str) -> AsyncIterator:
-        """A connection on which a request has begun. TROUBLE with it is noted, and raised."""
-        volume, slash, drive = location.partition("/")
-        link = self.idle[volume].pop() if self.idle[volume] and "close" not in fields else None
+    async def exchange(
+        self, method: str, location: str, path: str, fields: str = "", body: Any = None
+    ) -> AsyncIterator[tuple[int, int | None, Pieces]]:
+        """Status, length and body of an answer. body() is the next piece of ours, b"" after the
+        last. An answer renews trust, or ends it. TROUBLE is noted, and raised."""
+        (volume, slash, drive), link = location.partition("/"), None
+        idle, seconds = self.idle[volume], self.patience * (10 if method in ("GET", "PUT") else 1)
         try:
-            if not link:
+            if idle and "close" not in fields:
+                link = idle.pop()
+            else:
                 host, _, port = volume.rpartition(":")
                 connect = asyncio.get_running_loop().create_connection
+                wire = functools.partial(Wire, functools.partial(self.lost, volume))
                 async with asyncio.timeout(self.patience):
-                    _, link = await connect(lambda: Link(self, volume), host.strip("[]"), int(port))
+                    _, link = await connect(wire, host.strip("[]"), int(port))
                 link.transport.set_write_buffer_limits(WRITE_AHEAD, WRITE_AHEAD - SMALL)
             head = f"{method} {slash}{drive}{path} HTTP/1.1\r\nHost: {volume}\r\n{fields}\r\n"
             link.writer.write(head.encode())
-            yield link
-            if link.kept and not link.reader._buffer and len(self.idle[volume]) < 64:
-                self.idle[volume].append(link)
+            while body and (piece := await body()):
+                async with asyncio.timeout(seconds):
+                    link.writer.write(piece)
+                    await link.writer.drain()
+            async with asyncio.timeout(seconds):
+                answer = await read_until(link.reader, b"\r\n\r\n")
+            status, length, close = parse_answer(answer)
+            self.mark(volume, "")
+            if status >= 500 or method == "PUT":
+                self.mark(location + "/", "" if status == 201 else f"it answers {status}")
+            if status < 300:
+                self.trusted[location] = time.monotonic() + self.timeout
+            elif status != 404:
+                self.trusted.pop(location, None)
+            rest = 0 if method == "HEAD" or status == 204 else length
+            yield status, length, read_body(link.reader, rest, seconds)
+            if not close and not link.reader._buffer and len(idle) < 64:
+                idle.append(link)
                 link = None
         except TROUBLE as error:
             self.distrust(volume)
-            place = location + "/" if link and link.reader._buffer else volume  # answered too early
-            self.mark(place, str(error) or repr(error))
+            places = [] if link and link.reader._buffer else [volume]  # it may answer too early
+            places += [location + "/"] if link and method == "PUT" else []
+            for place in places:
+                self.mark(place, str(error) or repr(error))
             raise
         finally:
             if link:
                 link.transport.abort()  # of an upload that is cut short nginx keeps nothing
 
-    async def hear(self, link: Link, method: str, location: str) -> tuple[int, int | None]:
-        """Status and body length of the answer; it renews trust, or ends it. TROUBLE."""
-        line, _, block = (await read_until(link.reader, b"\r\n\r\n")).partition(b"\r\n")
-        require(first := STATUS.fullmatch(line), 400, "no answer, or an interim one")
-        (_, length, close), status = parse_fields(block), int(first[1])
-        link.kept = not close
-        self.mark(link.volume, "")
-        if status >= 500 or method == "PUT":
-            self.mark(location + "/", "" if status == 201 else f"it answers {status}")
-        if status < 300:
-            self.trusted[location] = time.monotonic() + self.timeout
-        elif status != 404:
-            self.trusted.pop(location, None)
-        return status, length
-
-    async def request(
-        self, method: str, location: str, path: str, fields: str = "", body: Any = None
-    ) -> tuple[int, int | None]:
-        """Status, or 0, and length of an answer. body() is the next piece, b"" after the last."""
-        seconds = self.patience * (10 if body else 1)
+    async def request(self, *what: Any) -> tuple[int, int | None]:
+        """Status, or 0, and length of an answer to what exchange() takes; an error page is lost."""
         try:
-            async with self.exchange(method, location, path, fields) as link:
-                while body and (piece := await body()):
-                    async with asyncio.timeout(seconds):
-                        link.writer.write(piece)
-                        await link.writer.drain()
-                async with asyncio.timeout(seconds):
-                    status, length = await self.hear(link, method, location)
-                    rest = 0 if method == "HEAD" or status == 204 else length
-                    async for _ in read_body(link.reader, rest, seconds):
-                        pass  # an error page
+            async with self.exchange(*what) as (status, length, rest):
+                async with asyncio.timeout(self.patience):
+                    async for _ in rest:
+                        pass
             return status, length
         except TROUBLE:
             return 0, None
 
     async def read(self, location: str, path: str) -> Pieces:  # of a file, streamed. 503
         try:
-            async with self.exchange("GET", location, path, "") as link:
-                async with asyncio.timeout(self.patience):
-                    status, length = await self.hear(link, "GET", location)
-                async for piece in read_body(link.reader, length, 10 * self.patience):
+            async with self.exchange("GET", location, path) as (status, _, pieces):
+                async for piece in pieces:
                     if status == 200:
                         yield piece
         except TROUBLE as error:
@@ -683,7 +682,7 @@ class Store:  # an index, volumes, and the flags that say how to use them
         return self.put(key, request, body) if verb == "PUT" else self.remove(key, verb)
 
     def get(self, key: bytes, path: bytes) -> bytes | None:
-        """302 to a trusted replica, picked at random, if there is one; trust is kept up. 404."""
+        """302 to a trusted replica, at random; None if none is trusted. Trust is kept up. 404."""
         text = self.index.get(key)
         redirects = self.redirects(key, text) if text else ()
         if not redirects:
@@ -692,7 +691,7 @@ class Store:  # an index, volumes, and the flags that say how to use them
             return response(302, other) if self.flags.fallback else NO_KEY
         trusted, now, late = self.volumes.trusted, time.monotonic(), self.volumes.timeout / 4
         for location, file, _ in redirects:
-            if trusted.get(location, 0) < now + late and self.volumes.takes(location):
+            if trusted.get(location, 0) < now + late and self.volumes.up(location):
                 self.volumes.probe(location, file)
         ready = [answer for location, _, answer in redirects if trusted.get(location, 0) > now]
         return random.choice(ready) if ready else None
@@ -712,12 +711,12 @@ class Store:  # an index, volumes, and the flags that say how to use them
         """GET when no replica is trusted: ask all that are not known to be down."""
         text = self.index.get(key) or b""
         redirects = self.redirects(key, text)
-        up = [each for each in redirects if self.volumes.takes(each[0])] or redirects
+        up = [each for each in redirects if self.volumes.up(each[0])] or redirects
         answers = await asyncio.gather(*(self.volumes.request("HEAD", p, f) for p, f, _ in up))
         for (status, _), (_, _, answer) in zip(answers, up, strict=True):
             if status == 200:
                 return answer
-        if not text or self.index.get(key) != text:  # deleted or moved meanwhile: once more
+        if not redirects or self.index.get(key) != text:  # deleted or moved meanwhile: once more
             return self.get(key, path) or await self.find(key, path)
         absent = len(up) == len(redirects) and {status for status, _ in answers} == {404}
         require(absent, 503, "no replica can be reached")
@@ -766,8 +765,8 @@ class Store:  # an index, volumes, and the flags that say how to use them
             raise
 
     async def erase(self, key: bytes, replicas: Sequence[Replica], proof: Sequence[int]) -> int:
-        """Delete files where that can be done: how many. A status in `proof` shows one gone."""
-        files = [r for r in replicas if r.location.partition("/")[0] not in self.volumes.down]
+        """Delete files on volumes that are up. A status in `proof` shows one gone: how many are."""
+        files = [replica for replica in replicas if self.volumes.up(replica.location)]
         ask = [self.volumes.request("DELETE", p, key2path(key, write_id)) for p, write_id in files]
         answers = await asyncio.gather(*ask)
         gone = [r for r, (status, _) in zip(files, answers, strict=True) if status in proof]
@@ -823,21 +822,21 @@ class Store:  # an index, volumes, and the flags that say how to use them
         return "".join(f"mkv_{name} {value}\n" for name, value in values.items()).encode()
 
     async def sweep(self) -> None:
-        """Delete garbage older than `grace`, the older the more seldom; evict owners that are dead.
+        """Delete garbage older than `grace`, at age t about every t/8; evict owners that are dead.
         Until `settle` has passed, 404 does not prove a file gone: a late PUT may still land."""
         now, owners, left = time.time(), set(), 0
-        for rows in self.index.walk(self.index.journal):
+        for rows in self.index.walk(self.index.journal, b"", 32):
             work = []
             for key, row in [(key, self.index.look(key)) for key, _ in rows]:
                 age = now - row.since
                 if row.owner:
                     owners.add(row.owner.partition(".")[0])
-                elif age >= self.flags.grace and random.random() * age < 8 * self.pause:
+                elif age >= self.flags.grace:
                     left += len(row.replicas)
-                    proof = (204, 404) if age > self.flags.settle else (204,)
-                    work.append(self.erase(key, row.replicas, proof))
-            for start in range(0, len(work), 32):
-                left -= sum(await asyncio.gather(*work[start : start + 32]))
+                    if random.random() * age < 8 * self.pause:
+                        proof = (204, 404) if age > self.flags.settle else (204,)
+                        work.append(self.erase(key, row.replicas, proof))
+            left -= sum(await asyncio.gather(*work))
             await asyncio.sleep(0)  # for the others
         if left and not self.waiting:
             logging.warning("%d files still wait to be deleted", left)
@@ -914,45 +913,37 @@ def parse_flags(parser: argparse.ArgumentParser) -> argparse.Namespace:
     return flags
 
 
-@contextlib.contextmanager
-def own_volumes(flags: argparse.Namespace) -> Iterator[None]:
-    """The volumes of the demo, under ./mkv-data, for as long as the block runs."""
-    volumes: list[subprocess.Popen] = []
+def own_volumes(flags: argparse.Namespace, stack: contextlib.ExitStack) -> None:
+    """Start the volumes of the demo, under ./mkv-data; they end with the stack."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, until serve() takes both
-    try:
-        for port in flags.demo:
-            command = [Path(__file__).with_name("volume.sh"), f"mkv-data/volume{port}"]
-            mine = {"PORT": f"{port}", "HOST": "127.0.0.1", "SUBVOLUMES": f"{flags.subvolumes}"}
-            env, pid = os.environ | mine, Path(command[1], ".nginx/pid")  # written when it listens
-            volumes.append(subprocess.Popen(command, env=env, start_new_session=True))
-            while not pid.exists() or pid.read_text().strip() != str(volumes[-1].pid):
-                if volumes[-1].poll() is not None:
-                    sys.exit(2)  # volume.sh has said why
-                time.sleep(0.01)
-        yield
-    finally:
-        for volume in volumes:
-            volume.terminate()
-            volume.wait()
+    for port in flags.demo:
+        command = [Path(__file__).with_name("volume.sh"), f"mkv-data/volume{port}"]
+        mine = {"PORT": f"{port}", "HOST": "127.0.0.1", "SUBVOLUMES": f"{flags.subvolumes}"}
+        env, pid = os.environ | mine, Path(command[1], ".nginx/pid")  # written when it listens
+        volume = stack.enter_context(subprocess.Popen(command, env=env, start_new_session=True))
+        stack.callback(volume.terminate)
+        while not pid.exists() or pid.read_text().strip() != str(volume.pid):
+            if volume.poll() is not None:
+                sys.exit(2)  # volume.sh has said why
+            time.sleep(0.01)
 
 
 def listen(flags: argparse.Namespace) -> tuple[socket.socket, Any]:
     """A socket at the port, which only servers of the same index share, and their lock. OSError."""
-    listener = socket.socket(socket.AF_INET6 if ":" in flags.bind else socket.AF_INET)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    lock = (flags.db / f"{flags.bind}:{flags.port}").open("w")
+    lock, shared = (flags.db / f"{flags.bind}:{flags.port}").open("w"), False
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:  # there is one already
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-    listener.bind((flags.bind, flags.port))
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        shared = True
+    family = socket.AF_INET6 if ":" in flags.bind else socket.AF_INET
+    listener = socket.create_server((flags.bind, flags.port), family=family, reuse_port=shared)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)  # from now on
     fcntl.flock(lock, fcntl.LOCK_SH)
     return listener, lock
 
 
 async def serve(store: Store, listener: socket.socket) -> None:
-    """The server, until SIGINT or SIGTERM; then what is in hand, or has connected already."""
+    """Serve until SIGINT or SIGTERM; then finish what is in hand, or has connected already."""
     loop, stop = asyncio.get_running_loop(), asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.set)
@@ -984,7 +975,8 @@ def main() -> None:
         listener, _lock = listen(flags)
     except (OSError, lmdb.Error) as error:
         parser.error(f"cannot use -db {flags.db} and -port {flags.port}: {error}")
-    with own_volumes(flags):
+    with contextlib.ExitStack() as stack:
+        own_volumes(flags, stack)
         at, names = f"http://{flags.bind}:{flags.port}", ", ".join(flags.volumes)
         print(f"mkv is at {at}, its index in {flags.db}, its volumes at {names}", flush=True)
         if flags.demo:

@@ -1882,8 +1882,7 @@ def mutated(chance: random.Random, data: bytes) -> bytes:
 
 async def next_answer(parser: Parser) -> tuple[tuple[int, int | None], int | None]:
     """Status and length of an answer, and its length again, as they are heard from a volume."""
-    link = types.SimpleNamespace(reader=parser, volume="v")
-    status, length = await mkv.Volumes(1.0).hear(link, "GET", "v")
+    status, length, _ = mkv.parse_answer(await mkv.read_until(parser, b"\r\n\r\n"))
     return (status, length), length
 
 
