@@ -32,6 +32,7 @@ import random
 import re
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -51,8 +52,7 @@ BODY_TIME, BODY_RATE = 60, 1024  # seconds for which a body may bring fewer byte
 READ_AHEAD, WRITE_AHEAD = 1 << 18, 1 << 20  # bytes held for a reader, or a volume, before a pause
 SMALL = 1 << 16  # bytes up to which a value goes over a connection that is kept
 TICK, DRAIN_TIME = 0.2, 10  # seconds between two rounds of tick(); that SIGTERM leaves to work
-MAP_SIZE = 1 << 40  # address space for LMDB
-METHODS = "GET", "HEAD", "PUT", "DELETE", "UNLINK"
+METHODS = "GET", "HEAD", "PUT", "DELETE", "UNLINK", "REBALANCE"
 Pieces = AsyncIterator[bytes]  # a value on its way
 
 
@@ -101,7 +101,7 @@ class Replica(NamedTuple):  # one file of a key
 
 
 class Record(NamedTuple):
-    replicas: tuple[Replica, ...]  # in ranking order
+    replicas: tuple[Replica, ...] = ()  # in ranking order
     size: int | None = None  # bytes
     write_id: str = ""  # of the replicas that have no other
     hash: str = ""  # MD5 in hex
@@ -137,11 +137,11 @@ class Row(NamedTuple):
     since: float  # seconds since 1970: when the last owner went, or the last replica came
     replicas: tuple[Replica, ...]  # in the journal
 
-    def claim(self, owner: str, where: Sequence[str], now: float) -> tuple:
+    def claim(self, owner: str, where: Sequence[str], now: float, old: Record) -> tuple:
         """Lock a key and list files to be made: their write id, newer than all others. 409, 403."""
         live = self.record.replicas and not self.record.deleted
-        require(not self.owner, 409, "another PUT of this key is under way")
-        require(not live, 403, "key exists: DELETE it first")
+        require(not self.owner, 409, "another PUT or REBALANCE of this key is under way")
+        require(old.replicas or not live, 403, "key exists: DELETE it first")
         newest = max((r.write_id for r in self.replicas + self.record.replicas), default="")
         seconds = max(int(now), 1 + int("0" + newest[:8], 16))
         write_id = f"{seconds:08x}{hashlib.md5(owner.encode()).hexdigest()[:8]}"
@@ -152,9 +152,10 @@ class Row(NamedTuple):
         require(owner == self.owner, 503, "the claim on the key was lost")
         return self._replace(replicas=(*self.replicas, replica)), None
 
-    def commit(self, owner: str, new: Record) -> tuple:
-        """Vouch for what a claim made; whatever else was there is garbage. 503."""
+    def commit(self, owner: str, new: Record, old: Record) -> tuple:
+        """Vouch for what a claim made; whatever else was there is garbage. 503, 409."""
         require(owner == self.owner, 503, "the claim on the key was lost")
+        require(not old.replicas or old == self.record, 409, "the key has changed meanwhile")
         listed = dict.fromkeys(self.replicas + self.record.replicas)
         return Row(new, "", self.since, tuple(r for r in listed if r not in new.replicas)), None
 
@@ -168,7 +169,7 @@ class Row(NamedTuple):
         require(self.record.replicas, 404, "no such key")
         require(self.record.deleted or not protect, 403, "protected: UNLINK the key first")
         listed = self.replicas + self.record.replicas
-        return self._replace(record=Record(()), replicas=listed), self.record
+        return self._replace(record=Record(), replicas=listed), self.record
 
     def unlink(self) -> tuple:  # hide a key. 404
         require(self.record.replicas and not self.record.deleted, 404, "no such key")
@@ -176,41 +177,37 @@ class Row(NamedTuple):
 
 
 class Index:
-    """The LMDB environment in a folder, for any number of processes with one event loop each. These
-    keep owners/<their random name> locked: who gets that lock knows that they are dead."""
+    """The LMDB environment in a folder, for any number of processes with one event loop each. Their
+    names are numbers of bytes in the file "alive", each locked by its process for all its life."""
 
     def __init__(self, path: Path) -> None:
-        self.owners, self.process, self.claims = path / "owners", "", itertools.count(1)
-        self.owners.mkdir(parents=True, exist_ok=True)
-        self.env = lmdb.open(str(path), map_size=MAP_SIZE, max_dbs=2, max_readers=4096)
+        path.mkdir(parents=True, exist_ok=True)
+        self.env = lmdb.open(str(path), map_size=1 << 40, max_dbs=2, max_readers=4096)
         self.keys, self.journal = self.env.open_db(b"keys"), self.env.open_db(b"journal")
         self.queue, self.kept, self.flushing = [], [], None  # jobs; those to be tried again; a task
-        self.owner()
+        self.alive, self.claims = (path / "alive").open("a"), itertools.count(1)
+        self.process = os.urandom(7).hex()
+        self.take(self.process)
 
     def close(self) -> None:  # after writing what nobody waited for
         self.commit(self.kept + self.queue)
         self.env.close()
-        (self.owners / self.process).unlink(missing_ok=True)
-        self.lock.close()
+        self.alive.close()
 
-    def owner(self) -> str:
-        """A name for one claim, never given twice. Taken for dead by others, we take a new one."""
-        while not (self.owners / self.process).is_file():
-            self.process = os.urandom(8).hex()
-            self.lock = (self.owners / self.process).open("w")
-            fcntl.flock(self.lock, fcntl.LOCK_EX)  # who takes us for dead has to finish first
+    def owner(self) -> str:  # a name for one claim, never given twice
         return f"{self.process}.{next(self.claims)}"
 
-    async def evict_dead(self, named: set[str]) -> None:
-        """Evict whoever is named in the journal, or has a file, but does not live."""
-        for process in named.union(path.name for path in self.owners.iterdir()) - {self.process}:
-            path, mark = self.owners / process, f"{process}.".encode()
-            with path.open("a") as file, contextlib.suppress(BlockingIOError):
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                for key, text in (row for rows in self.walk(self.journal) for row in rows):
-                    if text.startswith(mark):  # what it was making is garbage
-                        await self.do(Row.settle, key, text.split()[0].decode(), ())
-                path.unlink(missing_ok=True)
+    def take(self, process: str) -> bool:  # the lock of a process: False while it lives
+        lock = struct.pack("hhqqi", fcntl.F_WRLCK, os.SEEK_SET, int(process, 16), 1, 0)
+        with contextlib.suppress(BlockingIOError):
+            return bool(fcntl.fcntl(self.alive, fcntl.F_OFD_SETLK, lock))
+        return False
+
+    async def evict_dead(self) -> None:  # free the keys they claimed: what they made is garbage
+        for key, text in (row for rows in self.walk(self.journal) for row in rows):
+            owner = text.split(b" ")[0].decode()
+            if owner and not owner.startswith(self.process) and self.take(owner.split(".")[0]):
+                await self.do(Row.settle, key, owner, ())
 
     def get(self, key: bytes) -> bytes | None:  # the text of a key's record
         return self.env.begin(self.keys).get(key)
@@ -679,16 +676,19 @@ class Store:  # an index, volumes, and the flags that say how to use them
         key, verb = parse_key(request.path), request.method
         if verb in ("GET", "HEAD"):
             return self.get(key, request.path) or self.find(key, request.path)
-        return self.put(key, request, body) if verb == "PUT" else self.remove(key, verb)
+        if verb == "PUT":
+            md5 = request.fields.get(b"content-md5", b"").decode("latin-1")
+            return self.put(key, request.length, md5, body, Record())
+        return self.rebalance(key) if verb == "REBALANCE" else self.remove(key, verb)
 
     def get(self, key: bytes, path: bytes) -> bytes | None:
         """302 to a trusted replica, at random; None if none is trusted. Trust is kept up. 404."""
         text = self.index.get(key)
         redirects = self.redirects(key, text) if text else ()
         if not redirects:
-            target = quote(path, safe="%/:@!$&'()*+,;=~")  # as it was sent, but ASCII
+            target = self.flags.fallback and quote(path, safe="%/:@!$&'()*+,;=~")  # as sent; ASCII
             other = f"Location: http://{self.flags.fallback}{target}\r\n"
-            return response(302, other) if self.flags.fallback else NO_KEY
+            return response(302, other) if target else NO_KEY
         trusted, now, late = self.volumes.trusted, time.monotonic(), self.volumes.timeout / 4
         for location, file, _ in redirects:
             if trusted.get(location, 0) < now + late and self.volumes.up(location):
@@ -722,21 +722,19 @@ class Store:  # an index, volumes, and the flags that say how to use them
         require(absent, 503, "no replica can be reached")
         raise HTTPError(404, "the volumes have no such file")
 
-    async def put(self, key: bytes, request: Request, body: Pieces | None) -> bytes:
+    async def put(self, key: bytes, length: Any, given: str, body: Any, old: Record) -> bytes:
         """201: `replicas` volumes have the whole value, and the index has it on disk."""
-        require(request.length != 0, 411, "a value has at least one byte, and a length or chunks")
-        given = request.fields.get(b"content-md5", b"").decode("latin-1")  # hex, or as RFC 1864
-        valid = re.fullmatch(r"([0-9A-Fa-f]{32}|[0-9A-Za-z+/]{22}==)?", given)
-        require(valid, 400, "malformed Content-MD5")
+        require(length != 0, 411, "a value has at least one byte, and a length or chunks")
+        require(re.fullmatch(r"[\da-fA-F]{32}|[\w+/]{22}==|", given), 400, "malformed Content-MD5")
         ranking, count = self.ranking(key), self.flags.replicas
         able = [place for place in ranking if self.volumes.takes(place)]
         require(len(able) >= count, 503, f"of {count} volumes needed {len(able)} can be written")
-        async with self.making(key, able[:count]) as (owner, write_id):
+        async with self.making(key, able[:count], old) as (owner, write_id):
             path, todo = key2path(key, write_id), able[:count]
-            statuses, size, md5 = await self.volumes.write(path, todo, request.length, body)
+            statuses, size, md5 = await self.volumes.write(path, todo, length, body)
             require(size, 411, "a value has at least one byte")
             digest, right = md5.hex(), {"", md5.hex(), base64.b64encode(md5).decode()}
-            require({given, given.lower()} & right, 400, f"Content-MD5 does not match: {digest}")
+            require({given, given.lower()} & right, 503 if old.replicas else 400, f"MD5: {digest}")
             made = [place for place in todo if statuses[place] == 201]
             for place in able[count:]:
                 if 0 < len(made) < count:
@@ -747,17 +745,31 @@ class Store:  # an index, volumes, and the flags that say how to use them
                         copied, _, same = await self.volumes.write(path, [place], size, copy)
                         made += [place] if copied[place] == 201 and same == md5 else []
             require(len(made) == count, 503, f"{count} replicas cannot be made: {statuses}")
-            replicas = tuple(Replica(p, write_id) for p in sorted(made, key=ranking.index))
-            record = Record(replicas, size, write_id, digest if self.flags.md5sum else "")
-            await self.index.do(Row.commit, key, owner, record)
+            files = tuple(Replica(p, write_id) for p in sorted(made, key=ranking.index))
+            record = Record(files, size, write_id, digest if self.flags.md5sum else "", old.deleted)
+            await self.index.do(Row.commit, key, owner, record, old)
         return response(201)
 
+    async def rebalance(self, key: bytes) -> bytes:
+        """204: the best volumes that work have the value, whole, and no others. 404, 409, 503."""
+        old, count = self.index.look(key).record, self.flags.replicas
+        require(old.replicas, 404, "no such key")
+        asks = [self.volumes.request("HEAD", p, key2path(key, i)) for p, i in old.replicas]
+        answers = zip(old.replicas, await asyncio.gather(*asks), strict=True)
+        good = {p: i for (p, i), answer in answers if answer == (200, old.size)}
+        home = [p for p in self.ranking(key) if p in good or self.volumes.takes(p)][:count]
+        require(good and len(home) == count, 503, "too few volumes can be reached")
+        if list(good) != home:
+            place, i = random.choice(list(good.items()))
+            await self.put(key, old.size, old.hash, self.volumes.read(place, key2path(key, i)), old)
+        return response(204)
+
     @contextlib.asynccontextmanager
-    async def making(self, key: bytes, places: list[str]) -> AsyncIterator[tuple]:
+    async def making(self, key: bytes, places: list[str], old: Any) -> AsyncIterator[tuple]:
         """A claim: (owner, write id). Unless the block commits, what it made is deleted."""
         owner, write_id = self.index.owner(), None
         try:
-            write_id = await self.index.do(Row.claim, key, owner, places, time.time())
+            write_id = await self.index.do(Row.claim, key, owner, places, time.time(), old)
             yield owner, write_id
         except BaseException:  # after all that was queued before, so no record names what is listed
             listed = await self.index.do(Row.settle, key, owner, ())
@@ -824,14 +836,13 @@ class Store:  # an index, volumes, and the flags that say how to use them
     async def sweep(self) -> None:
         """Delete garbage older than `grace`, at age t about every t/8; evict owners that are dead.
         Until `settle` has passed, 404 does not prove a file gone: a late PUT may still land."""
-        now, owners, left = time.time(), set(), 0
+        await self.index.evict_dead()
+        now, left = time.time(), 0
         for rows in self.index.walk(self.index.journal, b"", 32):
             work = []
             for key, row in [(key, self.index.look(key)) for key, _ in rows]:
                 age = now - row.since
-                if row.owner:
-                    owners.add(row.owner.partition(".")[0])
-                elif age >= self.flags.grace:
+                if age >= self.flags.grace and not row.owner:
                     left += len(row.replicas)
                     if random.random() * age < 8 * self.pause:
                         proof = (204, 404) if age > self.flags.settle else (204,)
@@ -842,7 +853,6 @@ class Store:  # an index, volumes, and the flags that say how to use them
             logging.warning("%d files still wait to be deleted", left)
         self.waiting = left
         self.index.env.reader_check()  # a reader that was killed pins old pages
-        await self.index.evict_dead(owners)
 
     async def tick(self) -> None:  # try what is down, end idle connections, see how late we are
         now = time.monotonic()
@@ -947,7 +957,7 @@ async def serve(store: Store, listener: socket.socket) -> None:
     loop, stop = asyncio.get_running_loop(), asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.set)
-    await store.index.evict_dead(set())
+    await store.index.evict_dead()
     queue, connect = listener.dup(), functools.partial(Connection, store)
     server = await loop.create_server(connect, sock=listener, backlog=4096)
     jobs = every(store.pause, store.sweep), every(TICK, store.tick), stop.wait()

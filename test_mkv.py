@@ -598,8 +598,11 @@ class World(Rows):
         self.do(mkv.Row.settle, key, "", gone)
 
     def maker(self, key: bytes, owner: str) -> Generator:
-        places = self.chance.sample(self.PLACES, 3)
-        write_id = self.do(mkv.Row.claim, key, owner, places[:2], self.now)
+        places, old = self.chance.sample(self.PLACES, 3), mkv.Record()
+        if self.chance.random() < 0.3:  # what is there already is written anew
+            old = self.tables()[0].get(key, old)
+            yield
+        write_id = self.do(mkv.Row.claim, key, owner, places[:2], self.now, old)
         self.new_id(key, write_id)
         yield
         replicas = [mkv.Replica(place, write_id) for place in places]
@@ -615,12 +618,12 @@ class World(Rows):
                 yield
             done = tuple(replica for replica in replicas if (key, replica) in self.files)
             if done and self.chance.random() < 0.8:
-                record = mkv.Record(done, 5, write_id)
-                self.do(mkv.Row.commit, key, owner, record)
+                record = mkv.Record(done, 5, write_id, deleted=old.deleted)
+                self.do(mkv.Row.commit, key, owner, record, old)
                 self.made[key] = {write_id}
                 return
         except mkv.HTTPError as error:
-            assert error.status == 503
+            assert error.status == 503 or (error.status == 409 and old.replicas)
         yield from self.clean_up(key, owner, write_id)
 
     def deleter(self, key: bytes, _: str) -> Generator:
@@ -714,7 +717,7 @@ def test_every_file_is_named_or_listed_whatever_happens(tmp_path: Path, seed: in
     world = live_through(tmp_path / "index", seed, 6000)
     for name in ("claim", "claim 403", "claim 409", "extend", "commit", "settle", "remove"):
         assert world.happened[name] > 5, name
-    for name in ("remove 404", "unlink", "unlink 404"):
+    for name in ("remove 404", "unlink", "unlink 404", "commit 409"):
         assert world.happened[name] > 5, name
     assert world.evicted > 5
     # Once all rest, the sweeper leaves what is named and nothing else.
@@ -762,7 +765,7 @@ def at(world: World, now: float, operation: Callable, *args: Any) -> Any:
 
 def test_a_write_id_is_time_and_owner_and_newer_than_all_before(world: World) -> None:
     def claim(owner: str, now: float) -> str:
-        return at(world, now, mkv.Row.claim, owner, ["v0"], now)
+        return at(world, now, mkv.Row.claim, owner, ["v0"], now, mkv.Record())
 
     first = claim("p.1", 1000.9)
     assert first == f"{1000:08x}{hashlib.md5(b'p.1').hexdigest()[:8]}"
@@ -774,41 +777,41 @@ def test_a_write_id_is_time_and_owner_and_newer_than_all_before(world: World) ->
         first = latest
     made = claim("p.9", 5.0)
     record = mkv.Record((mkv.Replica("v0", made),), 1, made)
-    at(world, 5.0, mkv.Row.commit, "p.9", record)
+    at(world, 5.0, mkv.Row.commit, "p.9", record, mkv.Record())
     at(world, 5.0, mkv.Row.unlink)
     assert claim("p.10", 5.0)[:8] > made[:8]
 
 
 def test_only_the_owner_extends_and_commits(world: World) -> None:
-    write_id = at(world, 1000.0, mkv.Row.claim, "p.1", ["v0"], 1000.0)
+    write_id = at(world, 1000.0, mkv.Row.claim, "p.1", ["v0"], 1000.0, mkv.Record())
     replica = mkv.Replica("v0", write_id)
     record = mkv.Record((replica,), 1, write_id)
     for owner in ("p.2", "p", "p.11"):
         assert refuses(503, world, mkv.Row.extend, owner, replica)
-        assert refuses(503, world, mkv.Row.commit, owner, record)
-        assert refuses(409, world, mkv.Row.claim, owner, ["v0"], 1000.0)
+        assert refuses(503, world, mkv.Row.commit, owner, record, mkv.Record())
+        assert refuses(409, world, mkv.Row.claim, owner, ["v0"], 1000.0, mkv.Record())
     at(world, 1001.0, mkv.Row.settle, "p.11", ())  # another owner of a similar name
-    assert refuses(409, world, mkv.Row.claim, "p.2", ["v0"], 1000.0)
+    assert refuses(409, world, mkv.Row.claim, "p.2", ["v0"], 1000.0, mkv.Record())
     at(world, 1001.0, mkv.Row.settle, "p.1", ())
     assert world.tables()[1] == {b"/k": mkv.Row(mkv.Record(()), "", 1001.0, (replica,))}
-    assert refuses(503, world, mkv.Row.commit, "p.1", record)
+    assert refuses(503, world, mkv.Row.commit, "p.1", record, mkv.Record())
     assert refuses(503, world, mkv.Row.extend, "p.1", replica)
-    assert at(world, 1002.0, mkv.Row.claim, "p.2", ["v0"], 1002.0)
+    assert at(world, 1002.0, mkv.Row.claim, "p.2", ["v0"], 1002.0, mkv.Record())
 
 
 def test_since_is_when_an_owner_went_or_replicas_came_and_only_then(world: World) -> None:
     def since() -> float:
         return world.tables()[1][b"/k"].since
 
-    write_id = at(world, 1.0, mkv.Row.claim, "p.1", ["v0", "v1"], 1.0)
+    write_id = at(world, 1.0, mkv.Row.claim, "p.1", ["v0", "v1"], 1.0, mkv.Record())
     first, second = (mkv.Replica(place, write_id) for place in ("v0", "v1"))
     at(world, 2.0, mkv.Row.settle, "p.1", ())  # the owner goes
     assert since() == 2.0
     at(world, 3.0, mkv.Row.settle, "", (second,))  # a replica goes
     assert since() == 2.0
-    write_id = at(world, 4.0, mkv.Row.claim, "p.2", ["v2"], 4.0)
+    write_id = at(world, 4.0, mkv.Row.claim, "p.2", ["v2"], 4.0, mkv.Record())
     record = mkv.Record((mkv.Replica("v2", write_id),), 1, write_id)
-    at(world, 5.0, mkv.Row.commit, "p.2", record)
+    at(world, 5.0, mkv.Row.commit, "p.2", record, mkv.Record())
     assert world.tables()[1] == {b"/k": mkv.Row(record, "", 5.0, (first,))}
     at(world, 5.5, mkv.Row.unlink)
     assert since() == 5.0
@@ -836,9 +839,9 @@ def opened(path: Path) -> Iterator[mkv.Index]:
 async def write(index: mkv.Index, key: bytes, place: str = "v0") -> None:
     """Claim and commit a key, without any file."""
     owner = index.owner()
-    write_id = await index.do(mkv.Row.claim, key, owner, [place], time.time())
+    write_id = await index.do(mkv.Row.claim, key, owner, [place], time.time(), mkv.Record())
     record = mkv.Record((mkv.Replica(place, write_id),), 1, write_id)
-    await index.do(mkv.Row.commit, key, owner, record)
+    await index.do(mkv.Row.commit, key, owner, record, mkv.Record())
 
 
 def test_concurrent_operations_share_commits(tmp_path: Path) -> None:
@@ -887,9 +890,9 @@ from pathlib import Path
 
 async def write(index, number):
     key, owner = b"/%d" % number, index.owner()
-    write_id = await index.do(mkv.Row.claim, key, owner, ["v0"], 1e9)
+    write_id = await index.do(mkv.Row.claim, key, owner, ["v0"], 1e9, mkv.Record())
     record = mkv.Record((mkv.Replica("v0", write_id),), 1, write_id)
-    await index.do(mkv.Row.commit, key, owner, record)
+    await index.do(mkv.Row.commit, key, owner, record, mkv.Record())
     print(number, flush=True)
 
 async def write_for_ever(index):
@@ -897,7 +900,7 @@ async def write_for_ever(index):
         await asyncio.gather(*(write(index, number + each) for each in range(20)))
 
 async def claim_and_wait(index):
-    await index.do(mkv.Row.claim, b"/claimed", index.owner(), ["v0"], 1e9)
+    await index.do(mkv.Row.claim, b"/claimed", index.owner(), ["v0"], 1e9, mkv.Record())
     print(index.process, flush=True)
     await asyncio.sleep(1e6)
 
@@ -942,44 +945,29 @@ def test_a_dead_process_is_evicted_and_a_living_one_is_not(tmp_path: Path) -> No
         assert entry().owner.startswith(name + ".")
         other.send_signal(signal.SIGSTOP)
         for _ in range(3):
-            asyncio.run(index.evict_dead({name, index.process}))
+            asyncio.run(index.evict_dead())
         assert entry().owner.startswith(name + ".")
         with pytest.raises(mkv.HTTPError) as error:
             asyncio.run(write(index, b"/claimed"))
         assert error.value.status == 409
         other.kill()
         other.wait()
-        asyncio.run(index.evict_dead({name}))
+        asyncio.run(index.evict_dead())
         assert entry().owner == "" and len(entry().replicas) == 1
-        assert [path.name for path in index.owners.iterdir()] == [index.process]
         asyncio.run(write(index, b"/claimed"))
         assert index.get(b"/claimed")
 
 
-def test_an_owner_without_a_file_counts_as_dead(tmp_path: Path) -> None:
+def test_an_owner_that_nobody_is_counts_as_dead_and_ones_own_claims_stay(tmp_path: Path) -> None:
     async def claim_and_evict() -> None:
-        await index.do(mkv.Row.claim, b"/k", "nobody.1", ["v0"], time.time())
-        await index.evict_dead({"nobody"})
+        for key, owner in ((b"/k", "0123456789abcd.1"), (b"/mine", index.owner())):
+            await index.do(mkv.Row.claim, key, owner, ["v0"], time.time(), mkv.Record())
+        await index.evict_dead()
         await write(index, b"/k")
 
     with opened(tmp_path / "index") as index:
         asyncio.run(claim_and_evict())
-        assert index.get(b"/k")
-
-
-def test_a_process_that_finds_itself_evicted_takes_a_new_name(tmp_path: Path) -> None:
-    async def work() -> None:
-        await index.evict_dead(set())
-        await write(index, b"/k")
-
-    with opened(tmp_path / "index") as index:
-        old = index.process
-        (tmp_path / "index/owners" / old).unlink()
-        asyncio.run(work())
-        assert index.process != old
-        assert (tmp_path / "index/owners" / index.process).exists()
-        assert index.owner().startswith(index.process + ".")
-        assert index.get(b"/k")
+        assert index.get(b"/k") and index.look(b"/mine").owner
 
 
 # --- the parser -----------------------------------------------------------------------------------
@@ -4659,6 +4647,296 @@ def test_with_v_a_request_is_worth_one_line_and_without_it_none(cluster: Make) -
             assert len(lines(server, method, "/logged", "here", f" {status}")) == 1
         assert len(lines(server, "GET", "/piped", " 302")) == 3
         assert len(lines(server, "here")) == len(lines(server, "/logged")) == len(calls)
+
+
+# --- rebalance ------------------------------------------------------------------------------------
+
+
+def rebalance(server: Server, path: str) -> int:
+    """REBALANCE a key: the status."""
+    return server.call("REBALANCE", path).status
+
+
+def names_of(volumes: list[Volume]) -> str:
+    return ",".join(volume.name for volume in volumes)
+
+
+def file_at(system: Cluster, path: str, number: int) -> Path:
+    """The file of a replica of a key."""
+    key, replica = path.encode(), system.tables()[0][path.encode()].replicas[number]
+    return Path(str(drive_at(system, replica.location)) + mkv.key2path(key, replica.write_id))
+
+
+def assert_home(system: Cluster, names: str, replicas: int = 3, subvolumes: int = 10) -> None:
+    """That every key is where it belongs, and in the end nothing is anywhere else."""
+    for key, record in system.tables()[0].items():
+        home = mkv.key2volume(key, names.split(","), replicas, subvolumes)
+        assert [replica.location for replica in record.replicas] == home, key
+    until(system.is_clean)
+
+
+def put_elsewhere(system: Cluster, path: str, value: bytes, chunked: bool = False) -> Volume:
+    """PUT a value while the first of its ideal volumes is down: that volume, up again."""
+    away = volume_at(system, ideal(system, path)[0])
+    away.kill()
+    assert put(system.server, path, value, chunked) == 201
+    assert balance(system, path) == "unbalanced"
+    away.start()
+    until(lambda: system.server.metric("mkv_volumes_up") == len(system.volumes))
+    return away
+
+
+@pytest.mark.parametrize("chunked", [False, True], ids=["length", "chunks"])
+def test_rebalance_brings_a_key_home_that_had_a_stand_in(cluster: Make, chunked: bool) -> None:
+    system, value = cluster(volumes=4), blob("/k", 300_000)
+    put_elsewhere(system, "/k", value, chunked)
+    until(lambda: rebalance(system.server, "/k") == 204 and balance(system, "/k") == "balanced")
+    assert list(copies(system, "/k")) == ideal(system, "/k")
+    assert_copies(system, "/k", value)
+    until(system.is_clean)
+    assert len(system.files()) == 3
+
+
+def test_rebalance_of_a_key_that_is_at_home_changes_nothing(cluster: Make) -> None:
+    system = cluster()
+    assert system.server.put("/k", b"value") == 201
+    before, files = system.tables(), system.files()
+    assert rebalance(system.server, "/k") == 204
+    assert (system.tables(), system.files()) == (before, files)
+
+
+@pytest.mark.parametrize("harm", [Path.unlink, lambda file: file.write_bytes(b"half")])
+def test_rebalance_replaces_a_file_that_is_gone_or_of_another_size(
+    cluster: Make, harm: Callable[[Path], Any]
+) -> None:
+    system, value = cluster(), blob("/k", 100_000)
+    assert system.server.put("/k", value) == 201
+    harm(file_at(system, "/k", 1))
+    assert rebalance(system.server, "/k") == 204
+    assert_copies(system, "/k", value)
+    until(system.is_clean)
+    assert len(system.files()) == 3
+
+
+def test_rebalance_makes_up_for_a_volume_that_is_lost_for_good(cluster: Make) -> None:
+    system, value = cluster(volumes=4), blob("/k", 100_000)
+    server = system.server
+    assert server.put("/k", value) == 201
+    lost = volume_at(system, ideal(system, "/k")[0])
+    lost.kill()
+    assert rebalance(server, "/k") == 204
+    assert list(copies(system, "/k")) == ideal(system, "/k", 4)[1:]
+    assert read(server, "/k") == value
+
+
+def test_rebalance_leaves_the_files_on_a_drive_that_is_full(cluster: Make, mounts: Any) -> None:
+    system = cluster(volumes=4, subvolumes=2)
+    location = ideal(system, "/k")[0]
+    volume, drive = volume_at(system, location), location.partition("/")[2]
+    with ill("full", volume, drive, mounts) as cure:
+        cure()
+        assert system.server.put("/k", b"value") == 201
+        fill(volume.folder / drive / ".tmp")
+        other = next(paths_at(system, location, "/other/"))
+        assert system.server.put(other, blob(other, 100_000)) == 201
+        assert balance(system, other) == "unbalanced"
+        before, files = system.tables()[0], system.files()
+        assert rebalance(system.server, "/k") == 204
+        assert system.tables()[0] == before and files <= system.files()
+
+
+def test_rebalance_spreads_no_bytes_but_those_that_were_put(cluster: Make) -> None:
+    system, value = cluster(), blob("/k", 100_000)
+    assert system.server.put("/k", value) == 201
+    for number in (0, 1):
+        file_at(system, "/k", number).write_bytes(bytes(len(value)))
+    file_at(system, "/k", 2).unlink()
+    record = system.tables()[0][b"/k"]
+    answer = system.server.call("REBALANCE", "/k")
+    assert answer.status == 503 and b"MD5" in answer.body
+    assert system.tables()[0][b"/k"] == record
+    until(system.journal_is_empty)
+    assert len(system.files()) == 2
+
+
+def test_rebalance_is_404_without_the_key_and_503_without_volumes(cluster: Make) -> None:
+    system = cluster("-voltimeout", "200ms")
+    server, upload = system.server, Upload(system.server.port, "/new", 1000)
+    upload.send(b"x" * 500)
+    until(lambda: server.metric("mkv_journal_entries") == 1)
+    assert rebalance(server, "/new") == rebalance(server, "/none") == 404
+    upload.vanish()
+    assert server.put("/k", b"value") == 201
+    file_at(system, "/k", 2).unlink()
+    for volume in system.volumes:
+        volume.kill()
+        assert rebalance(server, "/k") == 503
+    until(lambda: set(system.tables()[1]) <= {b"/k", b"/new"} and not owned(system))
+
+
+def test_of_two_rebalances_of_a_key_at_a_time_the_second_is_409(cluster: Make) -> None:
+    system, value = cluster("-voltimeout", "2s", volumes=4), blob("/k", 3 * MB)
+    server, target = system.server, put_elsewhere(system, "/k", value)
+    with ThreadPoolExecutor() as pool:
+        target.freeze()
+        moving = pool.submit(rebalance, server, "/k")
+        until(lambda: owned(system))
+        assert rebalance(server, "/k") == 409
+        target.thaw()
+        assert moving.result() == 204
+    assert_copies(system, "/k", value)
+    until(system.is_clean)
+
+
+def test_an_unlinked_key_stays_unlinked_when_it_is_rebalanced(cluster: Make) -> None:
+    system = cluster()
+    assert system.server.put("/k", b"value") == 201
+    assert system.server.call("UNLINK", "/k").status == 204
+    file_at(system, "/k", 0).unlink()
+    assert rebalance(system.server, "/k") == 204
+    assert_copies(system, "/k", b"value")
+    assert system.tables()[0][b"/k"].deleted
+    assert system.server.get("/k") is None
+    assert listed(system.server, "/?unlinked")[0] == ["/k"]
+
+
+@pytest.mark.parametrize("method", ["DELETE", "UNLINK"])
+def test_a_delete_or_unlink_in_the_midst_of_a_rebalance_wins(cluster: Make, method: str) -> None:
+    system, value = cluster("-voltimeout", "2s", volumes=4), blob("/k", 3 * MB)
+    server, target = system.server, put_elsewhere(system, "/k", value)
+    with ThreadPoolExecutor() as pool:
+        target.freeze()
+        moving = pool.submit(rebalance, server, "/k")
+        until(lambda: owned(system))
+        assert server.call(method, "/k").status == 204
+        assert server.get("/k") is None
+        target.thaw()
+        assert moving.result() == 409
+    assert server.get("/k") is None
+    until(system.is_clean)
+    assert len(system.files()) == (3 if method == "UNLINK" else 0)
+
+
+def test_a_server_killed_in_the_midst_of_a_rebalance_leaves_the_key_as_it_was(
+    cluster: Make,
+) -> None:
+    system, value = cluster("-voltimeout", "2s", volumes=4), blob("/k", 3 * MB)
+    server, target = system.server, put_elsewhere(system, "/k", value)
+    record = system.tables()[0][b"/k"]
+    with ThreadPoolExecutor() as pool:
+        target.freeze()
+        moving = pool.submit(rebalance, server, "/k")
+        until(lambda: owned(system))
+        server.kill()
+        assert isinstance(moving.exception(), OSError)
+    target.thaw()
+    server.start()
+    assert system.tables()[0][b"/k"] == record
+    until(lambda: rebalance(server, "/k") == 204 and balance(system, "/k") == "balanced")
+    assert_copies(system, "/k", value)
+    until(system.is_clean)
+
+
+class Reader(threading.Thread):
+    """A client that reads the same keys over and over; none may be missed."""
+
+    def __init__(self, port: int, values: dict[str, bytes]) -> None:
+        super().__init__()
+        self.port, self.values, self.enough, self.rounds = port, values, threading.Event(), 0
+        self.wrong: list[Any] = []
+        self.start()
+
+    def run(self) -> None:
+        while not self.enough.is_set() and not self.wrong:
+            path = random.choice(list(self.values))
+            reply = found = None
+            with contextlib.suppress(OSError):  # the server ended before it took the request
+                reply = Client(self.port).call("GET", path)
+                found = follow(reply)
+            if reply and (not found or found.body != self.values[path]):
+                self.wrong.append((path, reply, found))
+            self.rounds += 1
+
+
+CHANGES = {
+    "3 to 5 volumes": ((3, 3, 10), (5, 3, 10)),
+    "5 to 3 volumes": ((5, 3, 10), (3, 3, 10)),
+    "2 to 3 replicas": ((4, 2, 10), (4, 3, 10)),
+    "3 to 2 replicas": ((4, 3, 10), (4, 2, 10)),
+    "1 to 10 subvolumes": ((3, 3, 1), (3, 3, 10)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_keys_move_while_clients_read_and_write_and_none_of_them_sees_it(
+    cluster: Make, change: str
+) -> None:
+    def flags(volumes: int, replicas: int, subvolumes: int) -> tuple:
+        names = names_of(system.volumes[:volumes])
+        return "-volumes", names, "-replicas", f"{replicas}", "-subvolumes", f"{subvolumes}"
+
+    system = cluster(volumes=5)
+    before, after = CHANGES[change]
+    patient = "-grace", "1s", "-voltimeout", "3s"  # disks stall
+    server = succeed(system, *flags(*before), *patient)
+    values = {f"/key/{number}": blob(f"{number}", number * 1999 + 1) for number in range(60)}
+    assert {server.put(path, value) for path, value in values.items()} == {201}
+    clients = [Reader(server.port, values), Reader(server.port, values)]
+    clients += [Handed(server.port, 1, False), Handed(server.port, 2, True)]
+    with running(clients) as more:
+        more(1)
+        server = succeed(system, *flags(*after), *patient)
+        keys = listed(server, "/key/?list")[0]
+        with ThreadPoolExecutor(8) as pool:
+            assert set(pool.map(functools.partial(rebalance, server), keys)) == {204}
+        more(1)
+    for path in listed(server, "/?list")[0]:
+        assert rebalance(server, path) == 204
+    assert {path: read(server, path) for path in keys} == values
+    assert_home(system, names_of(system.volumes[: after[0]]), *after[1:])
+
+
+def test_the_steps_of_the_readme_add_a_volume_and_no_client_sees_it(
+    cluster: Make, tmp_path: Path
+) -> None:
+    if not shutil.which("curl"):
+        pytest.skip("needs curl")
+    chapter = (HERE / "README.md").read_text().split("\n## Adding, removing")[1].split("\n## ")[0]
+    script = re.search(r"```\n(.*?)```", chapter, re.DOTALL)[1]
+    system = cluster(volumes=4)
+    system.server.stop()
+    hosts = {f"{host}:3001": v.name for host, v in zip("abcd", system.volumes, strict=True)}
+    table = hosts | {"3000": f"{system.server.port}", "/var/lib/mkv": f"{system.folder}/index"}
+    table |= {"pipx run uv run mkv.py server": f"{sys.executable} {HERE / 'mkv.py'} server"}
+    script = re.sub("|".join(map(re.escape, table)), lambda found: table[found[0]], script)
+    flags = "-settle 300ms -grace 1s -voltimeout 3s -bind 127.0.0.1"
+    script = script.replace("$mkv -volumes", f"$mkv {flags} -volumes")
+    script = script.replace("\n# a new volume", "\nread\n# a new volume") + "echo done; read"
+    streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    command = ["bash", "-c", script]
+    process = subprocess.Popen(command, cwd=tmp_path, start_new_session=True, **streams)
+    try:
+        until(system.server_accepts)
+        values = {f"/key {number} %é?": blob(f"{number}", number * 999 + 1) for number in range(40)}
+        values = {quote(path): value for path, value in values.items()}
+        assert {system.server.put(path, value) for path, value in values.items()} == {201}
+        hidden = next(iter(values))
+        assert system.server.call("UNLINK", hidden).status == 204
+        shown = {path: value for path, value in values.items() if path != hidden}
+        clients = [Reader(system.server.port, shown), Reader(system.server.port, shown)]
+        clients += [Handed(system.server.port, 1, False), Handed(system.server.port, 2, True)]
+        with running(clients) as more:
+            more(2)
+            process.stdin.write("\n")
+            process.stdin.flush()
+            said = list(iter(process.stdout.readline, "done\n"))
+            more(2)
+        assert "mkv is at" in said[0] and not [line for line in said if "/key" in line], said
+        assert len(system.tables()[0]) == len(values)  # the other clients have deleted theirs
+        assert_home(system, names_of(system.volumes))
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(30)
 
 
 if __name__ == "__main__":
