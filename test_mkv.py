@@ -140,12 +140,15 @@ def until(condition: Callable[[], Any], seconds: float = 15) -> Any:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
+    """Ports that nobody listens on, and that no connection going out gets by chance."""
+    ports: set[int] = set()
+    while len(ports) < count:
+        port = random.SystemRandom().randrange(10_000, 32_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("127.0.0.1", port))
+            ports.add(port)
+    return list(ports)
 
 
 class Volume:
@@ -870,6 +873,24 @@ def test_a_refused_operation_does_not_spoil_its_group(tmp_path: Path) -> None:
         assert sum(len(rows) for rows in index.walk(index.keys)) == 50
 
 
+@pytest.mark.parametrize("steps", range(4))
+def test_operations_are_done_after_all_tasks_were_cancelled(tmp_path: Path, steps: int) -> None:
+    async def work() -> None:
+        tasks = asyncio.all_tasks()
+        index.do(mkv.Row.claim, b"/k", index.owner(), ["v0"], time.time())
+        await asyncio.sleep(0)  # its commit begins
+        for task in asyncio.all_tasks() - tasks:
+            assert task.cancel()
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        async with asyncio.timeout(5):
+            await write(index, b"/later")
+
+    with opened(tmp_path / "index") as index:
+        asyncio.run(work())
+        assert index.get(b"/later")
+
+
 def test_walk_goes_through_all_rows_from_a_start_on(tmp_path: Path) -> None:
     async def many() -> None:
         await asyncio.gather(*(write(index, b"/%05d" % number) for number in range(5000)))
@@ -1458,6 +1479,23 @@ def test_with_voltimeout_0_a_replica_without_the_file_is_never_named(
     assert system.server.call("GET", "/partly").status == 404
 
 
+HIDDEN = """
+async def find(self, key, path, find=mkv.Store.find):
+    await self.index.do(mkv.Row.unlink, key)
+    return await find(self, key, path)
+
+mkv.Store.find = find
+"""
+
+
+def test_a_key_that_is_unlinked_while_its_volumes_are_to_be_asked_is_404(
+    cluster: Callable[..., Cluster],
+) -> None:
+    server = cluster("-voltimeout", "0", "-replicas", "1", volumes=1, preamble=HIDDEN).server
+    assert server.put("/k", b"value") == 201
+    assert server.call("GET", "/k").status == 404
+
+
 # --- lists ----------------------------------------------------------------------------------------
 
 
@@ -1826,12 +1864,37 @@ def test_a_body_that_stops_is_408_and_leaves_nothing(cluster: Callable[..., Clus
     until(system.is_clean)
 
 
+def is_quiet(wire: Wire, seconds: float) -> bool:
+    """Whether nothing comes for a while, not even the end."""
+    wire.socket.settimeout(seconds)
+    try:
+        return wire.socket.recv(1) is None
+    except TimeoutError:
+        return True
+    except ConnectionError:
+        return False
+    finally:
+        wire.socket.settimeout(30)
+
+
 def test_idle_connections_end(cluster: Callable[..., Cluster]) -> None:
     server = cluster("-replicas", "1", volumes=1, preamble="mkv.IDLE_TIME = 0.3").server
     with Wire(server.port) as fresh, Wire(server.port) as used:
         used.send(request("GET", "/?health"))
         assert used.answer().status == 200
         assert fresh.closed() and used.closed()
+
+
+def test_the_time_that_a_request_took_is_no_idle_time(cluster: Callable[..., Cluster]) -> None:
+    server = cluster("-replicas", "1", volumes=1, preamble="mkv.IDLE_TIME = 1.5").server
+    with Wire(server.port) as wire:
+        wire.send(request("PUT", "/long", b"", "Content-Length: 2\r\n") + b"x")
+        assert is_quiet(wire, 1.7)
+        wire.send(b"x")
+        assert wire.answer().status == 201
+        assert is_quiet(wire, 0.5)
+        wire.send(request("GET", "/long"))
+        assert wire.answer().status == 302
 
 
 # --- bytes that nobody meant ----------------------------------------------------------------------
@@ -2718,6 +2781,50 @@ def test_the_workers_of_a_volume_started_by_root_are_its_owner() -> None:
             volume.kill()
 
 
+def call_from(source: str, port: int, method: str, path: str, **fields: str) -> int:
+    """The status of a request that comes from another address of this machine."""
+    wire = http.client.HTTPConnection("127.0.0.1", port, timeout=60, source_address=(source, 0))
+    with contextlib.closing(wire):
+        wire.request(method, path, b"new" if method == "PUT" else None, headers=fields)
+        return wire.getresponse().status
+
+
+def test_allow_limits_put_and_delete_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ALLOW", "127.0.0.5 127.0.1.0/24 ::1")
+    volume, file = Volume(tmp_path / "volume", *free_ports(1)), "/sv00/aa/bb/file"
+    forged = {"X-Forwarded-For": "127.0.0.5", "X-Real-IP": "127.0.0.5"}
+    try:
+        for source in ("127.0.0.5", "127.0.1.7"):
+            ask = functools.partial(call_from, source, volume.port)
+            assert [ask("PUT", file), ask("DELETE", file), ask("DELETE", file)] == [201, 204, 404]
+            assert [ask("DELETE", "/sv00/aa/"), ask("PUT", "/sv00/.tmp/x")] == [403, 403]
+        assert ask("PUT", file) == 201
+        before = volume.files()
+        for source in ("127.0.0.1", "127.0.0.6", "127.0.2.7"):
+            ask = functools.partial(call_from, source, volume.port, **forged)
+            for path in (file, "/sv00/aa/bb/new", "/sv00/aa/"):
+                assert [ask("PUT", path), ask("DELETE", path)] == [403, 403]
+            assert [ask("GET", file), ask("HEAD", file), ask("GET", "/sv00/aa/")] == [200] * 3
+            assert [ask("GET", "/sv00/none"), ask("GET", "/.nginx/pid")] == [404, 403]
+            assert ask("MKCOL", file) == 405
+        (volume.folder / "sv00/.tmp").rename(volume.folder / "sv00/away")
+        assert [ask("PUT", file), ask("GET", file)] == [503, 503]  # a drive that vanished
+        (volume.folder / "sv00/away").rename(volume.folder / "sv00/.tmp")
+        assert volume.files() == before
+    finally:
+        volume.kill()
+
+
+@pytest.mark.parametrize(
+    "allow", ["10.0.0.5,10.0.0.6", "a", "10.0.0.5; deny all", "*", "10.0.0.0/x", "é", "1.2.3.4}"]
+)
+def test_volume_sh_takes_only_addresses_for_allow(tmp_path: Path, allow: str) -> None:
+    assert "ALLOW" in run_volume_sh(tmp_path / "volume", ALLOW=allow)
+    assert not (tmp_path / "volume").exists()
+
+
 # --- the command line -----------------------------------------------------------------------------
 
 
@@ -3170,6 +3277,31 @@ def test_uploads_do_not_pile_up_connections(cluster: Make) -> None:
     assert descriptors(server) <= base + 40
 
 
+def forget_connections(volume: Volume) -> None:
+    """As after a power cut: new connections are served, on the old ones nothing comes any more."""
+    old = volume.workers()
+    for worker in old:
+        os.kill(worker, signal.SIGSTOP)
+    os.kill(volume.process.pid, signal.SIGHUP)  # more workers
+    until(lambda: len(volume.workers()) > len(old))
+    assert call(volume.port, "HEAD", "/").status == 200
+
+
+def test_connections_that_died_in_silence_do_not_cost_one_timeout_each(cluster: Make) -> None:
+    system = cluster("-voltimeout", "200ms", "-replicas", "1", volumes=1)
+    server, (volume,) = system.server, system.volumes
+    volume.freeze()
+    base, paths = descriptors(server), [f"/k{number}" for number in range(20)]
+    with ThreadPoolExecutor(len(paths)) as pool:
+        answers = pool.map(lambda path: server.put(path, b"value"), paths)
+        until(lambda: descriptors(server) >= base + 30)  # each has its own to the volume
+        volume.thaw()
+        assert list(answers) == [201] * len(paths)
+    forget_connections(volume)
+    assert server.put("/lost", b"value") == 503
+    until(lambda: server.put("/new", b"value") == 201, 5)
+
+
 def test_uploads_of_all_sizes_at_a_time_do_not_disturb_each_other(cluster: Make) -> None:
     system = cluster("-voltimeout", "2s")
     clients = [Handed(system.server.port, number, fresh=False) for number in range(6)]
@@ -3288,6 +3420,25 @@ def test_a_vanished_drive_is_passed_over_and_its_garbage_kept_on_the_list(
     until(system.is_clean, 60)
     assert server.get("/kept") == b"/kept"
     assert len(system.files()) == 2
+
+
+def block(drive: Path) -> None:
+    """Leave no room for new folders on a drive: there are files of their names."""
+    for number in range(256):
+        with contextlib.suppress(FileExistsError):
+            (drive / f"{number:02x}").touch(exist_ok=False)
+
+
+def test_a_drive_that_takes_no_more_values_still_gives_those_it_has(cluster: Make) -> None:
+    system = cluster("-voltimeout", "2s", "-replicas", "2", volumes=2, subvolumes=1)
+    server, (full, other) = system.server, system.volumes
+    assert server.put("/k", b"value") == 201
+    block(full.folder)
+    assert server.put("/more", b"value") == 503
+    other.kill()
+    reply = server.call("GET", "/k")
+    assert reply.status == 302
+    assert read(server, "/k") == b"value"
 
 
 # --- deletes --------------------------------------------------------------------------------------
@@ -3810,6 +3961,76 @@ def test_sigterm_does_not_wait_for_ever(cluster: Make) -> None:
     until(system.is_clean, 40)
 
 
+BUSY = """
+import time
+
+class Connection(mkv.Connection):
+    def __init__(self, store):
+        time.sleep(0.02)
+        super().__init__(store)
+
+mkv.Connection, mkv.DRAIN_TIME = Connection, 1
+"""
+
+
+def test_sigterm_ends_a_server_however_many_clients_go_on_to_connect(cluster: Make) -> None:
+    server = cluster("-replicas", "1", volumes=1, preamble=BUSY).server
+
+    def connect() -> None:
+        while True:  # until that is refused
+            call(server.port, "GET", "/?health")
+
+    clients = [in_background(connect) for _ in range(10)]
+    until(lambda: server.metric('mkv_requests_total{method="GET",status="200"}') > 50)
+    server.process.send_signal(signal.SIGTERM)
+    assert server.process.wait(6) == 0
+    for client in clients:
+        client.join()
+
+
+SLOW_DISK = """
+import time
+
+def commit(self, group, commit=mkv.Index.commit):
+    time.sleep(0.3)
+    return commit(self, group)
+
+mkv.Index.commit, mkv.DRAIN_TIME = commit, 1
+"""
+
+
+def test_sigterm_ends_a_server_with_a_slow_disk_and_uploads_that_are_stuck(cluster: Make) -> None:
+    system = cluster("-voltimeout", "500ms", preamble=SLOW_DISK)
+    server, frozen = system.server, volume_at(system, ideal(system, "/stuck")[0])
+    silent, stuck = Upload(server.port, "/silent", 2), Upload(server.port, "/stuck", 1 << 30)
+    silent.send(b"x")
+    stuck.send(blob("begin", MB))
+    until(lambda: arrived(system, ideal(system, "/stuck")[0]))
+    until(lambda: owned(system) == 2)
+    frozen.freeze()
+    stuck.wire.settimeout(0.5)
+    with contextlib.suppress(TimeoutError):
+        while True:
+            stuck.send(bytes(MB))
+    server.process.send_signal(signal.SIGTERM)
+    assert server.process.wait(10) == 0
+    assert not owned(system)
+
+
+def test_an_answer_of_a_server_that_ends_is_the_last_on_its_connection(cluster: Make) -> None:
+    system = cluster("-replicas", "1", volumes=1)
+    with Wire(system.server.port) as wire:
+        wire.send(request("GET", "/missing"))
+        assert "connection" not in wire.answer().fields
+        system.server.process.send_signal(signal.SIGTERM)
+        until(lambda: not system.server_accepts())
+        wire.send(request("GET", "/missing"))
+        assert wire.answer().fields["connection"] == "close"
+        wire.send(request("GET", "/missing"))
+        assert wire.closed()
+    assert system.server.process.wait(5) == 0
+
+
 class Handed(threading.Thread):
     """A client that writes and reads on, whatever happens to the servers; counts what it sees."""
 
@@ -4254,6 +4475,32 @@ def test_a_volume_that_fails_in_mid_upload_is_replaced(
     assert_copies(system, "/big", value)
 
 
+async def hang(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """A volume with a drive that hangs: to PUT it has no answer."""
+    with contextlib.suppress(OSError, EOFError):
+        while (await reader.readuntil(b"\r\n\r\n")).startswith(b"HEAD"):
+            writer.write(b"HTTP/1.1 200 OK\r\n\r\n")
+        await reader.read()
+    writer.close()
+
+
+@pytest.mark.asyncio
+async def test_a_drive_that_hangs_is_soon_left_alone_for_longer_than_it_holds_up_a_put() -> None:
+    volumes, pause = mkv.Volumes(0.04), 0.0
+    async with asyncio.timeout(10), await asyncio.start_server(hang, "127.0.0.1", 0) as server:
+        volume = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        drive, length = f"{volume}/sv00", "Content-Length: 1\r\n"
+        while pause < 0.5:  # a stall is ten times the timeout
+            body = functools.partial(lambda left: asyncio.sleep(0, left.pop()), [b"", b"x"])
+            assert await volumes.request("PUT", drive, "/k", length, body) == (0, None)
+            stalled = time.monotonic()
+            while not volumes.takes(drive):
+                await volumes.request("HEAD", volume, "/")
+                await asyncio.sleep(0.01)
+            pause = time.monotonic() - stalled
+        volumes.distrust(volume)  # ends the connection that is kept
+
+
 @pytest.mark.parametrize("ailments", [("dead", "dead"), ("dead", "frozen")])
 def test_a_put_that_finds_too_few_volumes_is_503_and_leaves_nothing(
     cluster: Make, mounts: Callable, ailments: tuple[str, str]
@@ -4609,6 +4856,16 @@ def test_a_drive_that_cannot_be_written_and_then_can_is_worth_one_line_each(
     assert len(lines(server, drive, "is down")) == len(lines(server, drive, "is up")) == 1
 
 
+def test_a_volume_without_drives_that_cannot_be_written_is_worth_one_line(cluster: Make) -> None:
+    system = cluster(volumes=4, subvolumes=1)
+    server, bad = system.server, system.volumes[0]
+    block(bad.folder)
+    paths = paths_at(system, bad.name, "/k")
+    holds(lambda: put(server, next(paths), b"value") == 201, 2)
+    (line,) = [line for line in lines(server, bad.name) if "stand-in" not in line]
+    assert "is down" in line
+
+
 def test_a_stand_in_is_worth_one_line_whatever_the_key(cluster: Make) -> None:
     system = cluster(volumes=4)
     server, key = system.server, "/two\nlines is up again"
@@ -4621,16 +4878,14 @@ def test_a_stand_in_is_worth_one_line_whatever_the_key(cluster: Make) -> None:
     assert not [line for line in lines(server) if line.startswith("lines")]
 
 
-def test_a_sweeper_that_gives_up_for_now_says_so_but_not_again_and_again(cluster: Make) -> None:
-    system = cluster(subvolumes=1)
-    server, bad = system.server, system.volumes[0]
-    paths = [f"/k{number}" for number in range(7)]
-    assert [put(server, path, b"value") for path in paths] == [201] * 7
-    bad.kill()
-    assert [server.call("DELETE", path).status for path in paths] == [204] * 7
-    until(lambda: lines(server, "7", "still wait"))
-    said = len(lines(server, "still wait"))
-    holds(lambda: len(lines(server, "still wait")) <= said + 4, 1.5)  # ten rounds of the sweeper
+def test_a_sweeper_that_gives_up_for_now_says_so_once(cluster: Make) -> None:
+    system = cluster("-replicas", "1", volumes=1)
+    server = system.server
+    assert put(server, "/k", b"value") == 201
+    system.volumes[0].kill()
+    assert server.call("DELETE", "/k").status == 204
+    until(lambda: lines(server, " 1 files still wait"))
+    holds(lambda: len(lines(server, "still wait")) == 1, 3)  # dozens of rounds of the sweeper
 
 
 def test_with_v_a_request_is_worth_one_line_and_without_it_none(cluster: Make) -> None:

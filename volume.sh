@@ -1,13 +1,19 @@
 #!/usr/bin/env bash
 # One volume: nginx in the foreground, serving a folder. PORT=3001 ./volume.sh /data/volume1
-# PORT (3001), HOST (all interfaces), SUBVOLUMES (10: sv00 to sv09, each of which may be a mount).
+# PORT (3001), HOST (all interfaces), SUBVOLUMES (10: sv00 to sv09, each of which may be a mount),
+# ALLOW (everybody): addresses or networks, separated by blanks, only from which may be written.
 set -euo pipefail
-PORT=${PORT:-3001} HOST=${HOST:-} SUBVOLUMES=${SUBVOLUMES:-10}
+PORT=${PORT:-3001} HOST=${HOST:-} SUBVOLUMES=${SUBVOLUMES:-10} ALLOW=${ALLOW:-}
 die() { echo "volume.sh: $*" >&2; exit 2; }
 
 [ $# = 1 ] || die "usage: PORT=3001 ./volume.sh /data/volume1"
 [[ $PORT =~ ^[0-9]+$ && $PORT -ge 1 && $PORT -le 65535 ]] || die "PORT=$PORT is not a port"
 [[ $SUBVOLUMES =~ ^[0-9]+$ && $SUBVOLUMES -ge 1 && $SUBVOLUMES -le 256 ]] || die "SUBVOLUMES is 1 to 256"
+if [ -n "$ALLOW" ]; then allow="default 0;"; else allow="default 1;"; fi
+for address in $ALLOW; do
+  [[ $address =~ ^[0-9A-Fa-f]*[.:][0-9A-Fa-f.:]+(/[0-9]+)?$ ]] || die "ALLOW=$ALLOW is not addresses with blanks between"
+  allow+=" $address 1;"
+done
 PATH=$PATH:/usr/sbin:/usr/local/sbin
 command -v nginx >/dev/null || die "nginx is not installed (apt-get install nginx)"
 (: <"/dev/tcp/${HOST:-127.0.0.1}/$PORT") 2>/dev/null && die "port $PORT is taken"
@@ -41,5 +47,6 @@ config=$(grep -v '^#' <<<"$template")
 config=${config//@SUBVOLUMES@/$subvolumes}
 config=${config//@USER@/$user}
 config=${config//@LISTEN@/${HOST:+$HOST:}$PORT}
+config=${config//@ALLOW@/$allow}
 printf '%s\n' "${config//@ROOT@/$root}" >"$root/.nginx/nginx.conf"
 exec nginx -p "$root/.nginx" -e stderr -c "$root/.nginx/nginx.conf"
