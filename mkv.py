@@ -251,24 +251,21 @@ class Index:
 
     def commit(self, group: list[tuple]) -> list[Any]:
         """Run operations in one transaction, on disk at the end: their answers, or exceptions."""
-        answers: list[Any] = []
         try:
             with self.env.begin(write=bool(group)) as txn:
-                for operation, key, args, now, _ in group:
-                    try:
-                        answers.append(self.change(txn, operation, key, args, now))
-                    except (HTTPError, ValueError) as error:
-                        answers.append(error)
+                return [self.change(txn, *job) for *job, _ in group]
         except lmdb.Error as error:  # say, no space: nothing is done, but settles are not given up
             self.kept = [job for job in group if job[0] is Row.settle]
             failure = HTTPError(503, f"the index cannot be written: {error}")
-            answers = [() if job in self.kept else failure for job in group]
-        return answers
+            return [() if job in self.kept else failure for job in group]
 
     def change(self, txn: lmdb.Transaction, operation: Callable, key: bytes, args: Any, now: float):
-        """Put the row that an operation makes in the place of the old one; returns its answer."""
-        old = self.look(key, txn)
-        new, answer = operation(old, *args)
+        """Put the row that an operation makes in the place of the old one: its answer, or error."""
+        try:
+            old = self.look(key, txn)
+            new, answer = operation(old, *args)
+        except (HTTPError, ValueError) as error:  # it refuses, or cannot read what is there
+            return error
         if new.record != old.record:
             txn.put(key, new.record.text(), db=self.keys)
         if not new.record.replicas:
@@ -543,6 +540,15 @@ class Volumes:  # what is known of them; a location that answers is trusted for 
         due, _ = self.down.get(location + "/", (0.0, 0.0))
         return self.up(location) and due <= time.monotonic()
 
+    async def connect(self, volume: str) -> Wire:  # OSError
+        host, _, port = volume.rpartition(":")
+        wire = functools.partial(Wire, functools.partial(self.lost, volume))
+        create = asyncio.get_running_loop().create_connection
+        async with asyncio.timeout(self.patience):
+            _, link = await create(wire, host.strip("[]"), int(port))
+        link.transport.set_write_buffer_limits(WRITE_AHEAD, WRITE_AHEAD - SMALL)
+        return link
+
     @contextlib.asynccontextmanager
     async def exchange(
         self, method: str, location: str, path: str, fields: str = "", body: Any = None
@@ -552,15 +558,7 @@ class Volumes:  # what is known of them; a location that answers is trusted for 
         (volume, slash, drive), link = location.partition("/"), None
         idle, seconds = self.idle[volume], self.patience * (10 if method in ("GET", "PUT") else 1)
         try:
-            if idle and "close" not in fields:
-                link = idle.pop()
-            else:
-                host, _, port = volume.rpartition(":")
-                connect = asyncio.get_running_loop().create_connection
-                wire = functools.partial(Wire, functools.partial(self.lost, volume))
-                async with asyncio.timeout(self.patience):
-                    _, link = await connect(wire, host.strip("[]"), int(port))
-                link.transport.set_write_buffer_limits(WRITE_AHEAD, WRITE_AHEAD - SMALL)
+            link = idle.pop() if idle and "close" not in fields else await self.connect(volume)
             head = f"{method} {slash}{drive}{path} HTTP/1.1\r\nHost: {volume}\r\n{fields}\r\n"
             link.writer.write(head.encode())
             while body and (piece := await body()):
@@ -634,7 +632,7 @@ class Volumes:  # what is known of them; a location that answers is trusted for 
                 md5.update(piece)
                 for queue in list(queues.values()):
                     await queue.put(piece if length else b"%x\r\n%b\r\n" % (len(piece), piece))
-                require(queues or not places, 503, "no volume takes the value")
+                require(queues, 503, "no volume takes the value")
             for last in [b""] if length else [b"0\r\n\r\n", b""]:
                 for queue in list(queues.values()):
                     await queue.put(last)
@@ -686,9 +684,10 @@ class Store:  # an index, volumes, and the flags that say how to use them
         text = self.index.get(key)
         redirects = self.redirects(key, text) if text else ()
         if not redirects:
-            target = self.flags.fallback and quote(path, safe="%/:@!$&'()*+,;=~")  # as sent; ASCII
-            other = f"Location: http://{self.flags.fallback}{target}\r\n"
-            return response(302, other) if target else NO_KEY
+            if not self.flags.fallback:
+                return NO_KEY
+            target = quote(path, safe="%/:@!$&'()*+,;=~")  # as it was sent, but ASCII
+            return response(302, f"Location: http://{self.flags.fallback}{target}\r\n")
         trusted, now, late = self.volumes.trusted, time.monotonic(), self.volumes.timeout / 4
         for location, file, _ in redirects:
             if trusted.get(location, 0) < now + late and self.volumes.up(location):

@@ -562,18 +562,15 @@ class World(Rows):
     def do(self, operation: Callable, key: bytes, *args: Any) -> Any:
         """One operation, as the index runs it: a refusal does not undo what others did."""
         self.log.append((self.now, operation, key, args))
-        refusal = None
         with self.env.begin(write=True) as txn:
             before = self.dump(txn)
-            try:
-                answer = self.change(txn, operation, key, args, self.now)
-            except mkv.HTTPError as error:
-                refusal = error
-                assert self.dump(txn) == before, "an operation that refuses changes nothing"
-        name = operation.__name__ + (f" {refusal.status}" if refusal else "")
+            answer = self.change(txn, operation, key, args, self.now)
+            refused = isinstance(answer, mkv.HTTPError)
+            assert not refused or self.dump(txn) == before, "who refuses changes nothing"
+        name = operation.__name__ + (f" {answer.status}" if refused else "")
         self.happened[name] = self.happened.get(name, 0) + 1
-        if refusal:
-            raise refusal
+        if refused:
+            raise answer
         return answer
 
     # What the actors do to the volumes.
