@@ -203,7 +203,7 @@ import lmdb, mkv, sys
 path, count, volumes = sys.argv[1], int(sys.argv[2]), sys.argv[3].split(",")
 replicas = tuple(mkv.Replica(volume, "6000000000000000") for volume in volumes)
 text = mkv.Record(replicas, 1000, "6000000000000000", "0123456789abcdef" * 2).text()
-with lmdb.open(path, map_size=mkv.MAP_SIZE, max_dbs=2, sync=False) as env:
+with lmdb.open(path, map_size=1 << 40, max_dbs=2, sync=False) as env:
     table = env.open_db(b"keys")
     for start in range(0, count, 100_000):
         rows = ((b"/key-%08d" % n, text) for n in range(start, min(start + 100_000, count)))
