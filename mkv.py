@@ -30,6 +30,7 @@ import logging
 import os
 import random
 import re
+import resource
 import signal
 import socket
 import struct
@@ -129,9 +130,7 @@ def parse_record(text: bytes) -> Record:  # the inverse of Record.text(). 500
 # a function of row and plain arguments, without clock or chance; it is answered when on disk.
 
 
-class Row(NamedTuple):
-    """A key in both tables. Its methods are the operations; each returns the new row, an answer."""
-
+class Row(NamedTuple):  # a key in both tables; each operation returns the new row, and an answer
     record: Record  # empty if there is none
     owner: str  # of the claim, if there is one
     since: float  # seconds since 1970: when the last owner went, or the last replica came
@@ -153,11 +152,11 @@ class Row(NamedTuple):
         return self._replace(replicas=(*self.replicas, replica)), None
 
     def commit(self, owner: str, new: Record, old: Record) -> tuple:
-        """Vouch for what a claim made; whatever else was there is garbage. 503, 409."""
+        """Vouch for what a claim made; all else is garbage. Returns the old record. 503, 409."""
         require(owner == self.owner, 503, "the claim on the key was lost")
         require(not old.replicas or old == self.record, 409, "the key has changed meanwhile")
-        listed = dict.fromkeys(self.replicas + self.record.replicas)
-        return Row(new, "", self.since, tuple(r for r in listed if r not in new.replicas)), None
+        garbage = [r for r in self.replicas + self.record.replicas if r not in new.replicas]
+        return Row(new, "", self.since, tuple(dict.fromkeys(garbage))), self.record
 
     def settle(self, owner: str, gone: Sequence[Replica]) -> tuple:
         """Strike out files that are gone, and the owner if it is this one; returns what is left."""
@@ -192,22 +191,23 @@ class Index:
     def close(self) -> None:  # after writing what nobody waited for
         self.commit(self.kept + self.queue)
         self.env.close()
-        self.alive.close()
 
     def owner(self) -> str:  # a name for one claim, never given twice
         return f"{self.process}.{next(self.claims)}"
 
     def take(self, process: str) -> bool:  # the lock of a process: False while it lives
-        lock = struct.pack("hhqqi", fcntl.F_WRLCK, os.SEEK_SET, int(process, 16), 1, 0)
+        lock = struct.pack("hhqqi", fcntl.F_WRLCK, os.SEEK_SET, int(process[:14], 16), 1, 0)
         with contextlib.suppress(BlockingIOError):
             return bool(fcntl.fcntl(self.alive, fcntl.F_OFD_SETLK, lock))
         return False
 
     async def evict_dead(self) -> None:  # free the keys they claimed: what they made is garbage
-        for key, text in (row for rows in self.walk(self.journal) for row in rows):
-            owner = text.split(b" ")[0].decode()
-            if owner and not owner.startswith(self.process) and self.take(owner.split(".")[0]):
-                await self.do(Row.settle, key, owner, ())
+        for rows in self.walk(self.journal):
+            for key, text in rows:
+                owner = text.split(b" ")[0].decode()
+                if owner and not owner.startswith(self.process) and self.take(owner.split(".")[0]):
+                    await self.do(Row.settle, key, owner, ())
+            await asyncio.sleep(0)  # for the others
 
     def get(self, key: bytes) -> bytes | None:  # the text of a key's record
         return self.env.begin(self.keys).get(key)
@@ -501,7 +501,7 @@ class Connection(Wire):  # of a client; what takes no waiting is answered on arr
 # The client of the volumes: pooled connections, trust in locations that have answered, a list of
 # what is down. To request(), that a volume does not answer is no exception, but status 0.
 
-TROUBLE = OSError, EOFError, HTTPError, RuntimeError  # also timeouts; uvloop's, on a closed wire
+TROUBLE = OSError, EOFError, HTTPError, RuntimeError, ValueError  # time-outs; closed; bad names
 
 
 class Volumes:  # what is known of them; a location that answers is trusted for `timeout` seconds
@@ -717,9 +717,8 @@ class Store:  # an index, volumes, and the flags that say how to use them
                 return answer
         if not redirects or self.index.get(key) != text:  # deleted or moved meanwhile: once more
             return self.get(key, path) or await self.find(key, path)
-        absent = len(up) == len(redirects) and {status for status, _ in answers} == {404}
-        require(absent, 503, "no replica can be reached")
-        raise HTTPError(404, "the volumes have no such file")
+        told = [status for status, _ in answers]  # 0: nothing
+        raise HTTPError(404 if told == [404] * len(redirects) else 503, f"the volumes say {told}")
 
     async def put(self, key: bytes, length: Any, given: str, body: Any, old: Record) -> bytes:
         """201: `replicas` volumes have the whole value, and the index has it on disk."""
@@ -746,7 +745,8 @@ class Store:  # an index, volumes, and the flags that say how to use them
             require(len(made) == count, 503, f"{count} replicas cannot be made: {statuses}")
             files = tuple(Replica(p, write_id) for p in sorted(made, key=ranking.index))
             record = Record(files, size, write_id, digest if self.flags.md5sum else "", old.deleted)
-            await self.index.do(Row.commit, key, owner, record, old)
+            before = await self.index.do(Row.commit, key, owner, record, old)
+        await self.erase(key, () if old.replicas else before.replicas, (204, 404))  # was unlinked
         return response(201)
 
     async def rebalance(self, key: bytes) -> bytes:
@@ -833,19 +833,19 @@ class Store:  # an index, volumes, and the flags that say how to use them
         return "".join(f"mkv_{name} {value}\n" for name, value in values.items()).encode()
 
     async def sweep(self) -> None:
-        """Delete garbage older than `grace`, at age t about every t/8; evict owners that are dead.
+        """Delete garbage older than `grace`, the older the more seldom; evict owners that are dead.
         Until `settle` has passed, 404 does not prove a file gone: a late PUT may still land."""
         await self.index.evict_dead()
         now, left = time.time(), 0
-        for rows in self.index.walk(self.index.journal, b"", 32):
+        for rows in self.index.walk(self.index.journal, b"", 16):
             work = []
             for key, row in [(key, self.index.look(key)) for key, _ in rows]:
                 age = now - row.since
                 if age >= self.flags.grace and not row.owner:
-                    left += len(row.replicas)
-                    if random.random() * age < 8 * self.pause:
+                    left += (n := len(row.replicas))
+                    if random.random() * (age - self.flags.grace) < 8 * self.pause:
                         proof = (204, 404) if age > self.flags.settle else (204,)
-                        work.append(self.erase(key, row.replicas, proof))
+                        work.append(self.erase(key, random.sample(row.replicas, min(n, 32)), proof))
             left -= sum(await asyncio.gather(*work))
             await asyncio.sleep(0)  # for the others
         if left and not self.waiting:
@@ -960,8 +960,7 @@ async def serve(store: Store, listener: socket.socket) -> None:
     queue, connect = listener.dup(), functools.partial(Connection, store)
     server = await loop.create_server(connect, sock=listener, backlog=4096)
     jobs = every(store.pause, store.sweep), every(TICK, store.tick), stop.wait()
-    jobs = [asyncio.create_task(job) for job in jobs]
-    done, _ = await asyncio.wait(jobs, return_when=asyncio.FIRST_COMPLETED)
+    done, _ = await asyncio.wait(map(asyncio.create_task, jobs), return_when="FIRST_COMPLETED")
     await asyncio.gather(*done)  # raises what ended a job
     server.close()
     store.draining, began = True, time.monotonic()
@@ -979,6 +978,8 @@ def main() -> None:
     parser = argparse.ArgumentParser("mkv.py", usage=argparse.SUPPRESS, allow_abbrev=False)
     flags = parse_flags(parser)
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO)
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # Debian starts us with 1024
     try:
         index = Index(flags.db)
         listener, _lock = listen(flags)

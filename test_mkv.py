@@ -978,14 +978,16 @@ def test_a_dead_process_is_evicted_and_a_living_one_is_not(tmp_path: Path) -> No
 
 def test_an_owner_that_nobody_is_counts_as_dead_and_ones_own_claims_stay(tmp_path: Path) -> None:
     async def claim_and_evict() -> None:
-        for key, owner in ((b"/k", "0123456789abcd.1"), (b"/mine", index.owner())):
+        owners = {b"/k": "0123456789abcd.1", b"/l": "f" * 16 + ".1", b"/mine": index.owner()}
+        for key, owner in owners.items():
             await index.do(mkv.Row.claim, key, owner, ["v0"], time.time(), mkv.Record())
         await index.evict_dead()
         await write(index, b"/k")
+        await write(index, b"/l")
 
     with opened(tmp_path / "index") as index:
         asyncio.run(claim_and_evict())
-        assert index.get(b"/k") and index.look(b"/mine").owner
+        assert index.get(b"/k") and index.get(b"/l") and index.look(b"/mine").owner
 
 
 # --- the parser -----------------------------------------------------------------------------------
@@ -1260,14 +1262,14 @@ def test_an_unlinked_key_is_hidden_until_it_is_deleted(system: Cluster) -> None:
     assert system.server.call("DELETE", "/unlinked").status == 404
 
 
-def test_a_put_over_an_unlinked_key_replaces_it(cluster: Callable[..., Cluster]) -> None:
-    system = cluster()
-    assert system.server.put("/again", b"first") == 201
-    assert system.server.call("UNLINK", "/again").status == 204
-    assert system.server.put("/again", b"second") == 201
-    assert system.server.get("/again") == b"second"
-    until(system.is_clean)
-    assert len(system.files()) == 3
+def test_a_put_over_an_unlinked_key_replaces_it_at_once(cluster: Callable[..., Cluster]) -> None:
+    system = cluster("-grace", "1h")
+    for value in (b"first", b"second", b"third"):
+        assert system.server.put("/again", value) == 201
+        assert system.server.get("/again") == value
+        until(system.is_clean)
+        assert len(system.files()) == 3
+        assert system.server.call("UNLINK", "/again").status == 204
 
 
 def test_a_failed_put_over_an_unlinked_key_leaves_the_old_value_to_its_delete(
@@ -2242,6 +2244,17 @@ HOSTILE = {  # what is said once, and what is repeated for ever; None: closed, e
     "endless interim answers": (b"", b"HTTP/1.1 100 Continue\r\n\r\n" * 100),
     "endless silence": (b"", b""),
 }
+
+
+def test_a_volume_of_an_impossible_name_is_a_503_and_no_harm_else(tmp_path: Path) -> None:
+    flags = ("-volumes", f"a..b:1,{'c' * 64}.d:1,127.0.0.1:1", "-replicas", "3")
+    server = Server(tmp_path / "index", *free_ports(1), *flags, "-voltimeout", "300ms")
+    try:
+        assert [server.put("/k", bytes(size)) for size in (9, 300_000, 9)] == [503, 503, 503]
+        assert server.call("GET", "/k").status == 404
+        assert server.stop() == 0
+    finally:
+        server.kill()
 
 
 @pytest.mark.parametrize("name", HOSTILE)
@@ -3780,6 +3793,32 @@ def test_a_killed_reader_does_not_let_the_index_grow_for_ever(cluster: Make) -> 
     assert growth() + growth() < pinned / 4
 
 
+@pytest.mark.asyncio
+async def test_a_key_with_much_garbage_is_swept_in_small_portions(tmp_path: Path) -> None:
+    asked, most, at_once = set(), 0, 0
+
+    async def request(method: str, location: str, path: str) -> tuple[int, None]:
+        nonlocal most, at_once
+        at_once += 1
+        most = max(most, at_once)
+        await asyncio.sleep(0.001)
+        at_once -= 1
+        asked.add((method, location))
+        return 204, None
+
+    flags = {"voltimeout": 1.0, "grace": 0.0, "settle": 1.0, "volumes": ["v:1"]}
+    with opened(tmp_path / "index") as index:
+        store, owner = mkv.Store(types.SimpleNamespace(**flags), index), index.owner()
+        store.volumes.request = request
+        places = [f"v{number}:1" for number in range(2000)]
+        await index.do(mkv.Row.claim, b"/k", owner, places, time.time(), mkv.Record())
+        await index.do(mkv.Row.settle, b"/k", owner, ())
+        while index.look(b"/k").replicas:
+            await store.sweep()
+            assert not index.flushing or await index.flushing is None
+    assert asked == {("DELETE", place) for place in places} and most < 100
+
+
 # --- clients that misbehave -----------------------------------------------------------------------
 
 
@@ -3893,7 +3932,11 @@ def test_five_thousand_idle_connections_do_not_keep_others_from_being_served(
         pytest.skip("needs 12,000 open files")
     with contextlib.ExitStack() as stack:
         stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
-        system = cluster()
+        limit = "resource.RLIMIT_NOFILE"  # as Debian has it; a server takes what it may
+        lower = (
+            f"import resource; resource.setrlimit({limit}, (1024, resource.getrlimit({limit})[1]))"
+        )
+        system = cluster(preamble=lower)
         server = system.server
         base = descriptors(server)
         wires = [socket.socket() for _ in range(5000)]
@@ -4883,6 +4926,17 @@ def test_a_sweeper_that_gives_up_for_now_says_so_once(cluster: Make) -> None:
     assert server.call("DELETE", "/k").status == 204
     until(lambda: lines(server, " 1 files still wait"))
     holds(lambda: len(lines(server, "still wait")) == 1, 3)  # dozens of rounds of the sweeper
+
+
+def test_garbage_that_is_swept_in_time_is_not_worth_a_line(cluster: Make) -> None:
+    system = cluster("-grace", "500ms", volumes=4)
+    for number in range(30):
+        path = f"/{number}"
+        assert put(system.server, path, b"value") == 201
+        file_at(system, path, 0).unlink()
+        assert rebalance(system.server, path) == 204
+    until(system.is_clean)
+    assert not lines(system.server, "still wait")
 
 
 def test_with_v_a_request_is_worth_one_line_and_without_it_none(cluster: Make) -> None:
