@@ -195,7 +195,7 @@ class Index:
     def owner(self) -> str:  # a name for one claim, never given twice
         return f"{self.process}.{next(self.claims)}"
 
-    def take(self, process: str) -> bool:  # the lock of a process: False while it lives
+    def take(self, process: str) -> bool:  # a process's lock, for good: False while it lives
         lock = struct.pack("hhqqi", fcntl.F_WRLCK, os.SEEK_SET, int(process[:14], 16), 1, 0)
         with contextlib.suppress(BlockingIOError):
             return bool(fcntl.fcntl(self.alive, fcntl.F_OFD_SETLK, lock))
@@ -233,7 +233,7 @@ class Index:
             yield rows
 
     def do(self, operation: Callable, key: bytes, *args: Any) -> asyncio.Future:
-        """Queue an operation: a future of its answer. Who waits may be cancelled, it is not."""
+        """Queue an operation: a future of its answer. It is done, whatever tasks are cancelled."""
         future = asyncio.get_running_loop().create_future()
         self.queue.append((operation, key, args, time.time(), future))
         if not self.flushing or self.flushing.done() or self.flushing.cancelling():
@@ -332,8 +332,7 @@ def parse_answer(head: bytes) -> tuple[int, int | None, bool]:
     """Status of an answer with this head, length (None: chunked), whether it closes. 400, 501."""
     line, _, block = head.partition(b"\r\n")
     require(first := STATUS.fullmatch(line), 400, "no answer, or an interim one")
-    _, length, close = parse_fields(block)
-    return int(first[1]), length, close
+    return int(first[1]), *parse_fields(block)[1:]
 
 
 def parse_key(path: bytes) -> bytes:  # that the path of a request names. 400, 414
@@ -501,7 +500,7 @@ class Connection(Wire):  # of a client; what takes no waiting is answered on arr
 # The client of the volumes: pooled connections, trust in locations that have answered, a list of
 # what is down. To request(), that a volume does not answer is no exception, but status 0.
 
-TROUBLE = OSError, EOFError, HTTPError, RuntimeError, ValueError  # time-outs; closed; bad names
+TROUBLE = OSError, EOFError, HTTPError, RuntimeError, ValueError  # last: names of hosts
 
 
 class Volumes:  # what is known of them; a location that answers is trusted for `timeout` seconds
@@ -509,7 +508,7 @@ class Volumes:  # what is known of them; a location that answers is trusted for 
         self.timeout, self.patience = timeout, timeout or 1.0
         self.idle: dict[str, list[Wire]] = defaultdict(list)
         self.trusted: dict[str, float] = {}  # location → until when (monotonic)
-        self.down: dict[str, tuple] = {}  # volume, or location + "/" → time of next try, pause
+        self.down: dict[str, tuple] = {}  # volume, or location + "/" for PUT → next try, pause
         self.probes: dict[str, asyncio.Task] = {}  # under way, by location
 
     def distrust(self, volume: str) -> None:  # ask all its locations before the next redirect
@@ -519,7 +518,6 @@ class Volumes:  # what is known of them; a location that answers is trusted for 
 
     def lost(self, volume: str, link: Wire) -> None:
         if link in self.idle[volume]:  # by the other side
-            self.idle[volume].remove(link)
             self.distrust(volume)
 
     def mark(self, place: str, trouble: str) -> None:
@@ -721,7 +719,7 @@ class Store:  # an index, volumes, and the flags that say how to use them
         raise HTTPError(404 if told == [404] * len(redirects) else 503, f"the volumes say {told}")
 
     async def put(self, key: bytes, length: Any, given: str, body: Any, old: Record) -> bytes:
-        """201: `replicas` volumes have the whole value, and the index has it on disk."""
+        """201: `replicas` volumes have it all, the index on disk names them; `old` is replaced."""
         require(length != 0, 411, "a value has at least one byte, and a length or chunks")
         require(re.fullmatch(r"[\da-fA-F]{32}|[\w+/]{22}==|", given), 400, "malformed Content-MD5")
         ranking, count = self.ranking(key), self.flags.replicas
@@ -732,7 +730,8 @@ class Store:  # an index, volumes, and the flags that say how to use them
             statuses, size, md5 = await self.volumes.write(path, todo, length, body)
             require(size, 411, "a value has at least one byte")
             digest, right = md5.hex(), {"", md5.hex(), base64.b64encode(md5).decode()}
-            require({given, given.lower()} & right, 503 if old.replicas else 400, f"MD5: {digest}")
+            status = 503 if old.replicas else 400  # the replica is rotten, or the client is wrong
+            require({given, given.lower()} & right, status, f"MD5 does not match: {digest}")
             made = [place for place in todo if statuses[place] == 201]
             for place in able[count:]:
                 if 0 < len(made) < count:
@@ -759,18 +758,19 @@ class Store:  # an index, volumes, and the flags that say how to use them
         home = [p for p in self.ranking(key) if p in good or self.volumes.takes(p)][:count]
         require(good and len(home) == count, 503, "too few volumes can be reached")
         if list(good) != home:
-            place, i = random.choice(list(good.items()))
-            await self.put(key, old.size, old.hash, self.volumes.read(place, key2path(key, i)), old)
+            place, write_id = random.choice(list(good.items()))
+            body = self.volumes.read(place, key2path(key, write_id))
+            await self.put(key, old.size, old.hash, body, old)
         return response(204)
 
     @contextlib.asynccontextmanager
-    async def making(self, key: bytes, places: list[str], old: Any) -> AsyncIterator[tuple]:
+    async def making(self, key: bytes, places: list[str], old: Record) -> AsyncIterator[tuple]:
         """A claim: (owner, write id). Unless the block commits, what it made is deleted."""
         owner, write_id = self.index.owner(), None
         try:
             write_id = await self.index.do(Row.claim, key, owner, places, time.time(), old)
             yield owner, write_id
-        except BaseException:  # after all that was queued before, so no record names what is listed
+        except BaseException:  # after any commit queued before it: no record names what it lists
             listed = await self.index.do(Row.settle, key, owner, ())
             await self.erase(key, [r for r in listed if r.write_id == write_id], (204,))
             raise
