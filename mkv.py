@@ -395,7 +395,7 @@ class Wire(asyncio.StreamReaderProtocol):  # a connection, of a client or to a v
         self.reader, self.writer, self.transport = reader, writer, writer.transport
 
     def connection_lost(self, error: Exception | None) -> None:
-        super().connection_lost(error)
+        super().connection_lost(None)  # readers meet the end; nobody would hear of the error
         self.lost(self)
 
 

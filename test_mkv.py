@@ -2276,8 +2276,7 @@ def test_a_hostile_volume_is_a_503_and_no_harm_else(tmp_path: Path, name: str) -
         assert server.call("GET", "/named").status == 404
         assert server.memory() < 100_000_000
         assert server.stop() == 0
-        said = server.log.read_text()  # a reset that meets a time-out is asyncio's to tell
-        assert said.count("Traceback") == said.count("Future exception was never retrieved")
+        assert b"Traceback" not in server.log.read_bytes()
     finally:
         server.kill()
         liar.close()
