@@ -5,14 +5,6 @@
 # ///
 """mkv: a distributed key-value store for blobs. This file is all of it; stock nginx has the bytes.
 
-              PUT /key ──────────────┐  streams once, fans out to every replica
- client ───► mkv.py server ──► nginx volume ─► /data/sv07/60/08/L3dlaGF2ZQ==-…
-    ▲             │  ▲             nginx volume ─► /data/sv04/60/08/L3dlaGF2ZQ==-…
-    │  302        ▼  │             nginx volume ─► /data/sv07/60/08/L3dlaGF2ZQ==-…
-    └──────── LMDB index                 │
-              keys + journal             │
- client ◄──────────── GET the bytes ─────┘  straight from nginx, ranges and all
-
 A file is claimed (listed in the journal), written, vouched for (named by its key's record), garbage
 (in the journal again), gone: in this order only, and no name is used twice. All else rests on that.
 """
@@ -22,7 +14,6 @@ import asyncio
 import base64
 import contextlib
 import fcntl
-import functools
 import hashlib
 import itertools
 import json
@@ -30,15 +21,12 @@ import logging
 import os
 import random
 import re
-import resource
 import signal
 import socket
-import struct
-import subprocess
 import sys
 import time
 from collections import Counter, defaultdict, namedtuple
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -51,13 +39,12 @@ MAX_KEY, MAX_HEAD, MAX_FIELDS = 511, 16384, 100  # bytes: LMDB's limit; twice ng
 HEAD_TIME, IDLE_TIME, LINGER_TIME = 10, 60, 5  # seconds for a head, between two, after the last
 BODY_TIME, BODY_RATE = 60, 1024  # seconds for which a body may bring fewer bytes a second than that
 READ_AHEAD, WRITE_AHEAD = 1 << 18, 1 << 20  # bytes held for a reader, or a volume, before a pause
-SMALL = 1 << 16  # bytes up to which a value goes over a connection that is kept
 TICK, DRAIN_TIME = 0.2, 10  # seconds between two rounds of tick(); that SIGTERM leaves to work
 METHODS = "GET", "HEAD", "PUT", "DELETE", "UNLINK", "REBALANCE"
 Pieces = AsyncIterator[bytes]  # a value on its way
 
 
-class HTTPError(Exception):  # no success: status, one line that says why, more header lines
+class HTTPError(ValueError):  # no success: status, one line that says why, more header lines
     def __init__(self, status: int, reason: str, fields: str = "") -> None:
         super().__init__(reason)
         self.status, self.reason, self.fields = status, reason, fields
@@ -81,6 +68,15 @@ def key2path(key: bytes, write_id: str = "") -> str:
     return f"/{digest[:2]}/{digest[2:4]}/{name}"
 
 
+def path2key(path: str) -> tuple[bytes, str]:
+    """Key and write id of the file with this path. ValueError when key2path() gives no such."""
+    name, _, write_id = path[7:].replace("-/", "").partition("-")
+    key = base64.b64decode(name)
+    right = key[:1] == b"/" and parse_key(quote(key).encode()) and key2path(key, write_id) == path
+    require(right and re.fullmatch("([0-9a-f]{16})?", write_id), 400, "no key has such a file")
+    return key, write_id
+
+
 def key2volume(key: bytes, volumes: Sequence[str], replicas: int, subvolumes: int) -> list[str]:
     """The first `replicas` locations of the key's ranking: by md5(key + volume), highest first."""
     scores = sorted(((hashlib.md5(key + v.encode()).digest(), v) for v in volumes), reverse=True)
@@ -94,11 +90,7 @@ def key2volume(key: bytes, volumes: Sequence[str], replicas: int, subvolumes: in
 # Without size and id it is minikeyvalue's record, byte for byte. Pure.
 
 RECORD = re.compile(r"(DELETED)?(?:HASH([0-9a-f]{32}))?([^ ]*)(?: ([0-9]+)(?: ([0-9a-f]{16}))?)?")
-
-
-class Replica(NamedTuple):  # one file of a key
-    location: str
-    write_id: str
+Replica = namedtuple("Replica", "location write_id")  # one file of a key
 
 
 class Record(NamedTuple):
@@ -163,21 +155,30 @@ class Row(NamedTuple):  # a key in both tables; each operation returns the new r
         left = tuple(replica for replica in self.replicas if replica not in gone)
         return self._replace(owner=self.owner * (owner != self.owner), replicas=left), left
 
-    def remove(self, protect: bool) -> tuple:
-        """Delete a key: its files are garbage. Returns what its record was. 404, 403."""
-        require(self.record.replicas, 404, "no such key")
-        require(self.record.deleted or not protect, 403, "protected: UNLINK the key first")
-        listed = self.replicas + self.record.replicas
-        return self._replace(record=Record(), replicas=listed), self.record
+    def remove(self, hide: bool, protect: bool) -> tuple:
+        """Hide a key, or delete it: its files are garbage. Returns the old record. 404, 403."""
+        require(self.record.replicas and not (hide and self.record.deleted), 404, "no such key")
+        require(hide or self.record.deleted or not protect, 403, "protected: UNLINK the key first")
+        record = self.record._replace(deleted=True) if hide else Record()
+        listed = self.replicas + self.record.replicas * (not hide)
+        return self._replace(record=record, replicas=listed), self.record
 
-    def unlink(self) -> tuple:  # hide a key. 404
-        require(self.record.replicas and not self.record.deleted, 404, "no such key")
-        return self._replace(record=self.record._replace(deleted=True)), None
+    def adopt(self, file: Replica, size: int, ranking: list[str], keep: bool) -> tuple:
+        """Vouch for a file that was found, unless there are newer ones. Returns the older ones."""
+        if file in self.replicas + self.record.replicas:
+            return self, ()
+        record, age = self.record, file.write_id[:8]
+        if not record.replicas or age > record.write_id[:8]:
+            record = Record((file,), size, file.write_id)
+        elif age == record.write_id[:8]:
+            files = sorted([*record.replicas, file], key=lambda r: [*ranking, r[0]].index(r[0]))
+            record = record._replace(replicas=tuple(files), size=max(size, record.size or 0))
+        garbage = tuple({file, *self.record.replicas} - {*record.replicas})
+        return self._replace(record=record, replicas=self.replicas + garbage * keep), garbage
 
 
 class Index:
-    """The LMDB environment in a folder, for any number of processes with one event loop each. Their
-    names are numbers of bytes in the file "alive", each locked by its process for all its life."""
+    """LMDB in a folder, for many processes: each locks a byte of the file "alive" all its life."""
 
     def __init__(self, path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
@@ -186,42 +187,31 @@ class Index:
         self.queue, self.kept, self.flushing = [], [], None  # jobs; those to be tried again; a task
         self.alive, self.claims = (path / "alive").open("a"), itertools.count(1)
         self.process = os.urandom(7).hex()
-        self.take(self.process)
+        require(self.take(self.process), 503, "a rebuild is under way")
 
     def close(self) -> None:  # after writing what nobody waited for
         self.commit(self.kept + self.queue)
         self.env.close()
 
-    def owner(self) -> str:  # a name for one claim, never given twice
-        return f"{self.process}.{next(self.claims)}"
-
-    def take(self, process: str) -> bool:  # a process's lock, for good: False while it lives
-        lock = struct.pack("hhqqi", fcntl.F_WRLCK, os.SEEK_SET, int(process[:14], 16), 1, 0)
-        with contextlib.suppress(BlockingIOError):
-            return bool(fcntl.fcntl(self.alive, fcntl.F_OFD_SETLK, lock))
+    def take(self, process: str, count: int = 1) -> bool:  # a lock, for good: False if it lives
+        with contextlib.suppress(BlockingIOError):  # count 0: all others
+            fcntl.lockf(self.alive, fcntl.LOCK_EX | fcntl.LOCK_NB, count, int(process[:14], 16))
+            return True
         return False
 
-    async def evict_dead(self) -> None:  # free the keys they claimed: what they made is garbage
-        for rows in self.walk(self.journal):
-            for key, text in rows:
-                owner = text.split(b" ")[0].decode()
-                if owner and not owner.startswith(self.process) and self.take(owner.split(".")[0]):
-                    await self.do(Row.settle, key, owner, ())
-            await asyncio.sleep(0)  # for the others
-
-    def get(self, key: bytes) -> bytes | None:  # the text of a key's record
-        return self.env.begin(self.keys).get(key)
+    async def evict(self, key: bytes, owner: str) -> None:  # a claim whose process is dead
+        if owner and not owner.startswith(self.process) and self.take(owner.split(".")[0]):
+            await self.do(Row.settle, key, owner, ())
 
     def look(self, key: bytes, txn: lmdb.Transaction | None = None) -> Row:
         """What both tables have of a key; parts may be empty."""
-        with contextlib.nullcontext(txn) if txn else self.env.begin() as txn:
-            record, entry = txn.get(key, b"", db=self.keys), txn.get(key, b" 0 ", db=self.journal)
+        txn = txn or self.env.begin()
+        record, entry = txn.get(key, b"", db=self.keys), txn.get(key, b" 0 ", db=self.journal)
         owner, since, replicas = entry.split(b" ")
         return Row(parse_record(record), owner.decode(), float(since), parse_record(replicas)[0])
 
     def count(self) -> tuple[int, int]:  # of keys and journal entries
-        with self.env.begin() as txn:
-            return txn.stat(self.keys)["entries"], txn.stat(self.journal)["entries"]
+        return tuple(self.env.begin().stat(t)["entries"] for t in (self.keys, self.journal))
 
     def walk(self, table: Any, start: bytes | None = b"", count: int = 1000) -> Iterator[list]:
         """Rows from `start` on, in batches; no snapshot outlasts one, or it would pin pages."""
@@ -264,7 +254,7 @@ class Index:
         try:
             old = self.look(key, txn)
             new, answer = operation(old, *args)
-        except (HTTPError, ValueError) as error:  # it refuses, or cannot read what is there
+        except ValueError as error:  # it refuses, or cannot read what is there
             return error
         if new.record != old.record:
             txn.put(key, new.record.text(), db=self.keys)
@@ -285,19 +275,20 @@ class Index:
 REQUEST = re.compile(
     rb"([A-Z]+) (?:http://[^/?#\0- \x7f]*)?(/[^?#\0- \x7f]*)(?:\?([^#\0- \x7f]*))? HTTP/1\.([01])"
 )
-READ = re.compile(rb"(GET|HEAD) (/[^?#\0- \x7f]*) HTTP/1\.1\r\n(.*)\r\n\r\n", re.DOTALL)
 STATUS = re.compile(rb"HTTP/1\.[01] ([2-5][0-9][0-9])(?: .*)?")
 FIELD = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([\t\x20-\x7e\x80-\xff]*)")
-CHUNK = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?")
+CHUNK = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?\r\n")
 TEXT = "Content-Type: text/plain; charset=utf-8\r\n"
 ALLOW = f"Allow: {', '.join(METHODS)}\r\n"
-STREAM = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
+STREAM = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n\r\n"
+# Path and query (None: no "?") are as sent. length of the body, None: chunked. waits: for a 100.
+Request = namedtuple("Request", "method path query fields length waits close")
 
 
-@functools.lru_cache(maxsize=256)  # a connection repeats its fields, and clients each other's
-def parse_fields(block: bytes) -> tuple[dict[bytes, bytes], int | None, bool]:
-    """Fields by lower-case name, body length (None: chunked), whether it closes. 400, 431, 501."""
-    lines, fields = block.split(b"\r\n") if block else [], {}
+def parse_head(pattern: re.Pattern, head: bytes) -> tuple[re.Match, dict, int | None, bool]:
+    """First line, fields by lower-case name, body length (None: chunked), last? 400, 431, 501."""
+    (line, *lines), fields = head[:-4].split(b"\r\n"), {}
+    require(first := pattern.fullmatch(line), 400, "malformed first line")
     require(len(lines) <= MAX_FIELDS, 431, f"a head has at most {MAX_FIELDS} fields")
     for line in lines:
         match = FIELD.fullmatch(line)  # not folded, no space before the colon, no bare CR or LF
@@ -309,37 +300,24 @@ def parse_fields(block: bytes) -> tuple[dict[bytes, bytes], int | None, bool]:
     require(not coding or b"content-length" not in fields, 400, "two lengths of one body")
     require(coding is None or coding.lower() == b"chunked", 501, "the only coding is chunked")
     options = fields.get(b"connection", b"").lower().replace(b" ", b"").split(b",")
-    return fields, int(length) if coding is None else None, b"close" in options
-
-
-# As sent: path, query (None without "?"). Length of the body, None: chunked. To close afterwards?
-Request = namedtuple("Request", "method path query fields length close")
+    return first, fields, int(length) if coding is None else None, b"close" in options
 
 
 def parse_request(head: bytes) -> Request:
     """The request with this head; RFC 9112, 3 and 9.6. 400, 431, 501."""
-    line, _, block = head.partition(b"\r\n")
-    require(first := REQUEST.fullmatch(line), 400, "malformed first line")
+    first, fields, length, close = parse_head(REQUEST, head)
     method, path, query, minor = first.groups()
-    fields, length, close = parse_fields(block)
-    fields = fields | {b"expect": b""} if minor == b"0" else fields  # RFC 9110, 10.1.1
+    waits = minor == b"1" and fields.get(b"expect", b"").lower() == b"100-continue"
     require(minor == b"0" or b"," not in fields.get(b"host", b","), 400, "no Host, or several")
     require(minor == b"1" or length is not None, 400, "chunked in HTTP/1.0")
-    return Request(method.decode(), path, query, fields, length, close or minor == b"0")
-
-
-def parse_answer(head: bytes) -> tuple[int, int | None, bool]:
-    """Status of an answer with this head, length (None: chunked), whether it closes. 400, 501."""
-    line, _, block = head.partition(b"\r\n")
-    require(first := STATUS.fullmatch(line), 400, "no answer, or an interim one")
-    return int(first[1]), *parse_fields(block)[1:]
+    return Request(method.decode(), path, query, fields, length, waits, close or minor == b"0")
 
 
 def parse_key(path: bytes) -> bytes:  # that the path of a request names. 400, 414
     key = unquote_to_bytes(path) if b"%" in path else path
     require(len(key) <= MAX_KEY, 414, f"a key has at most {MAX_KEY} bytes")
-    utf8 = key.isascii() or key.decode(errors="ignore").encode() == key
-    right = utf8 and len(key) > 1 and not re.search(rb"%(?![0-9A-Fa-f]{2})", path)
+    right = len(key) > 1 and not re.search(rb"%(?![0-9A-Fa-f]{2})", path)
+    right = right and key.decode(errors="ignore").encode() == key
     require(right, 400, "a key is a path of two bytes or more, UTF-8 and percent-encoded")
     return key
 
@@ -349,31 +327,27 @@ def response(status: int, fields: str = "", body: bytes = b"") -> bytes:  # fiel
     return f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\n{length}{fields}\r\n".encode() + body
 
 
-def refusal(error: HTTPError) -> bytes:  # as one line of plain text
+def refusal(error: Exception) -> bytes:  # as one line of plain text
+    known = {TimeoutError: (408, "too slow"), asyncio.LimitOverrunError: (431, "too long a line")}
+    error = error if isinstance(error, HTTPError) else HTTPError(*known[type(error)])
     return response(error.status, TEXT + error.fields, error.reason.encode() + b"\n")
 
 
-async def read_until(reader: asyncio.StreamReader, end: bytes, status: int = 400) -> bytes:
-    """What comes before `end`; `status` when that is too long. EOFError."""
-    try:
-        return (await reader.readuntil(end))[: -len(end)]
-    except asyncio.LimitOverrunError as error:
-        raise HTTPError(status, f"over {MAX_HEAD} bytes") from error
-
-
-async def read_body(reader: asyncio.StreamReader, length: int | None, seconds: float) -> Pieces:
+async def read_body(reader: Any, length: int | None, seconds: float, asked: Any = None) -> Pieces:
     """The pieces of a body (None: chunked). 400, EOFError, TimeoutError after waiting."""
+    if asked:  # for it, by a client that waits for that
+        asked.write(response(100))
     left, allowed = length, seconds  # to wait; BODY_RATE bytes earn one more
     while left or length is None:  # RFC 9112, 7.1
         began = time.monotonic()
         async with asyncio.timeout(allowed):
             if not left:
-                size = CHUNK.fullmatch(await read_until(reader, b"\r\n"))
+                size = CHUNK.fullmatch(await reader.readuntil(b"\r\n"))
                 require(size, 400, "malformed chunk size")
                 left = int(size[1], 16)
             if not left:
-                while line := await read_until(reader, b"\r\n"):
-                    require(FIELD.fullmatch(line), 400, "malformed trailer")
+                while (line := await reader.readuntil(b"\r\n")) != b"\r\n":
+                    require(FIELD.fullmatch(line[:-2]), 400, "malformed trailer")
                 return
             piece = await reader.read(min(left, READ_AHEAD))
             require(piece, 400, "the body ended early")
@@ -384,129 +358,74 @@ async def read_body(reader: asyncio.StreamReader, length: int | None, seconds: f
         yield piece
 
 
-class Wire(asyncio.StreamReaderProtocol):  # a connection, of a client or to a volume
-    eof_received = asyncio.Protocol.eof_received  # when the other side closes, so do we
+class Connection:  # of a client: its requests are answered one after the other
+    def __init__(self, store: Any, reader: asyncio.StreamReader, writer: Any) -> None:
+        self.store, self.reader, self.writer = store, reader, writer
+        self.busy, self.closing = False, False  # with a request; after the last answer
 
-    def __init__(self, lost: Callable) -> None:  # lost(self) is called at its end
-        super().__init__(asyncio.StreamReader(MAX_HEAD), self.opened)
-        self.lost = lost
-
-    def opened(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.reader, self.writer, self.transport = reader, writer, writer.transport
-
-    def connection_lost(self, error: Exception | None) -> None:
-        super().connection_lost(None)  # readers meet the end; nobody would hear of the error
-        self.lost(self)
-
-
-class Connection(Wire):  # of a client; what takes no waiting is answered on arrival, else by a task
-    task: asyncio.Task | None = None
-    closing, whole, path = False, True, b"-"  # the last answer is given; the body read; requested
-
-    def __init__(self, store: Any) -> None:
-        super().__init__(store.connections.discard)
-        self.store, self.started = store, time.monotonic()
-        store.connections.add(self)
-
-    def eof_received(self) -> bool:
-        self.reader.feed_eof()
-        return self.task is not None  # keep the connection for the answer
-
-    def data_received(self, data: bytes) -> None:
-        if self.task or not self.answer_at_once(data):
-            super().data_received(data)
-            self.task = self.task or asyncio.create_task(self.converse())
-
-    def answer_at_once(self, data: bytes) -> bool:
-        """Answer a GET, if that is all there is, and nothing has to be waited for."""
-        self.started = time.monotonic()
-        lone = len(data) <= MAX_HEAD and READ.fullmatch(data)
-        if lone and not (self.store.draining or self.transport.get_write_buffer_size()):
-            with contextlib.suppress(HTTPError):  # the task will meet it again
-                fields, length, close = parse_fields(lone[3])
-                self.path = lone[2]
-                answer = self.store.get(parse_key(self.path), self.path)
-                if answer and length == 0 and not close and b"," not in fields.get(b"host", b","):
-                    self.respond(answer, lone[1].decode(), False)
-                    return True
-        return False
-
-    async def converse(self) -> None:  # answer the requests in the reader, one after the other
+    async def converse(self) -> None:
+        self.store.connections.add(self)
         try:
-            while self.reader._buffer and not self.closing:
+            while not self.closing:
                 await self.serve()
-            if self.closing or self.reader.at_eof():
-                self.writer.write_eof()  # close() at once would reset the answer away
-                async with asyncio.timeout(LINGER_TIME):
-                    while await self.reader.read(READ_AHEAD):
-                        pass
-                self.transport.close()
-            self.task, self.started = None, time.monotonic()
-        except BaseException as error:  # the client is gone or might as well be, or there is a bug
-            self.transport.abort()
-            if not isinstance(error, OSError | EOFError | RuntimeError):
-                raise
-
-    async def body(self, request: Request) -> Pieces:
-        if request.fields.get(b"expect", b"").lower() == b"100-continue":
-            self.writer.write(response(100))
-        async for piece in read_body(self.reader, request.length, BODY_TIME):
-            self.store.received += len(piece)
-            yield piece
-        self.whole = True
+            self.writer.write_eof()  # close() at once would reset the answer away
+            async with asyncio.timeout(LINGER_TIME):
+                while await self.reader.read(READ_AHEAD):
+                    pass
+            self.writer.close()
+        except (OSError, EOFError, RuntimeError):  # the client is gone, or might as well be
+            self.writer.transport.abort()
+        finally:
+            self.store.connections.discard(self)
 
     async def serve(self) -> None:
-        """Answer a request. EOFError, OSError when the client does not take the answer."""
-        self.started, method, close, stream = time.monotonic(), "-", True, None
+        """Answer a request. EOFError, OSError when the client is idle or does not take it."""
+        method, path, close, rest = "-", b"-", True, ()
+        async with asyncio.timeout(IDLE_TIME):
+            await self.writer.drain()
+            first, began = await self.reader.read(1), time.monotonic()
+        self.busy, self.closing = bool(first), not first
+        if self.closing:
+            return
         try:
             async with asyncio.timeout(HEAD_TIME):
-                await self.writer.drain()
-                request = parse_request(await read_until(self.reader, b"\r\n\r\n", 431))
-            self.path, close, self.whole = request.path, request.close, request.length == 0
+                request = parse_request(first + await self.reader.readuntil(b"\r\n\r\n"))
+            path, close = request.path, request.close or request.length != 0
             require(request.method in METHODS, 405, "no such method", ALLOW)
-            method = request.method
-            answer = self.store.answer(request, None if self.whole else self.body(request))
-            answer = await answer if isinstance(answer, Awaitable) else answer
-        except (HTTPError, TimeoutError) as error:
-            answer = refusal(error if isinstance(error, HTTPError) else HTTPError(408, "too slow"))
-        if not isinstance(answer, bytes):
-            framing = b"\r\n" if close else b"Transfer-Encoding: chunked\r\n\r\n"  # 1.0 has none
-            stream, answer = answer, STREAM + framing
-        self.respond(answer, method, close)
-        if stream and method == "GET":
-            async for piece in stream:
-                self.writer.write(piece if close else b"%x\r\n%b\r\n" % (len(piece), piece))
+            method, asked = request.method, self.writer if request.waits else None
+            body = read_body(self.reader, request.length, BODY_TIME, asked)
+            answer = await self.store.answer(request, body)
+            if not isinstance(answer, bytes):  # of unknown length: it ends with the connection
+                rest, answer, close = answer, STREAM, close or method == "GET"
+            elif method == "PUT":  # the body is read
+                close = request.close
+        except (HTTPError, TimeoutError, asyncio.LimitOverrunError) as error:
+            answer = refusal(error)
+        self.busy, self.closing = False, close or self.store.draining
+        if self.closing:
+            answer = answer.replace(b"\r\n", b"\r\nConnection: close\r\n", 1)
+        self.writer.write(answer[: answer.find(b"\r\n\r\n") + 4] if method == "HEAD" else answer)
+        status, counters = answer[9:12].decode(), self.store.counters
+        counters[f'requests_total{{method="{method}",status="{status}"}}'] += 1
+        counters[f'request_seconds_total{{method="{method}"}}'] += time.monotonic() - began
+        logging.debug("%s %s %s", method, path.decode("latin-1"), status)
+        if rest and method == "GET":
+            async for piece in rest:
+                self.writer.write(piece)
                 await asyncio.sleep(0)  # for the others
                 async with asyncio.timeout(IDLE_TIME):
                     await self.writer.drain()
-            self.writer.write(b"" if close else b"0\r\n\r\n")
-
-    def respond(self, answer: bytes, method: str, close: bool) -> None:
-        """Send an answer; it is the last one if anything speaks for that."""
-        store = self.store
-        store.requests[method, answer[9:12]] += 1
-        store.seconds[method] += time.monotonic() - self.started
-        if store.flags.v:
-            logging.info("%s %s %s", method, self.path.decode("latin-1"), answer[9:12].decode())
-        if close or store.draining or not self.whole:
-            self.closing = True
-            answer = answer.replace(b"\r\n", b"\r\nConnection: close\r\n", 1)
-        if method == "HEAD":
-            answer = answer[: answer.find(b"\r\n\r\n") + 4]
-        self.writer.write(answer)
 
 
 # --- volumes --------------------------------------------------------------------------------------
 # The client of the volumes: pooled connections, trust in locations that have answered, a list of
 # what is down. To request(), that a volume does not answer is no exception, but status 0.
 
-TROUBLE = OSError, EOFError, HTTPError, RuntimeError, ValueError  # last: names of hosts
-
 
 class Volumes:  # what is known of them; a location that answers is trusted for `timeout` seconds
     def __init__(self, timeout: float) -> None:
         self.timeout, self.patience = timeout, timeout or 1.0
-        self.idle: dict[str, list[Wire]] = defaultdict(list)
+        self.idle: dict[str, list] = defaultdict(list)  # (reader, writer) of connections, by volume
         self.trusted: dict[str, float] = {}  # location → until when (monotonic)
         self.down: dict[str, tuple] = {}  # volume, or location + "/" for PUT → next try, pause
         self.probes: dict[str, asyncio.Task] = {}  # under way, by location
@@ -514,11 +433,7 @@ class Volumes:  # what is known of them; a location that answers is trusted for 
     def distrust(self, volume: str) -> None:  # ask all its locations before the next redirect
         self.trusted = {p: t for p, t in self.trusted.items() if p.partition("/")[0] != volume}
         while self.idle[volume]:  # they may be as dead as the one that failed
-            self.idle[volume].pop().transport.abort()
-
-    def lost(self, volume: str, link: Wire) -> None:
-        if link in self.idle[volume]:  # by the other side
-            self.distrust(volume)
+            self.idle[volume].pop()[1].transport.abort()
 
     def mark(self, place: str, trouble: str) -> None:
         """A volume does not answer, or a location takes no value; without trouble, it does."""
@@ -535,37 +450,41 @@ class Volumes:  # what is known of them; a location that answers is trusted for 
         return location.partition("/")[0] not in self.down
 
     def takes(self, location: str) -> bool:  # whether to PUT there, if only to try it again
-        due, _ = self.down.get(location + "/", (0.0, 0.0))
-        return self.up(location) and due <= time.monotonic()
+        return self.up(location) and self.down.get(location + "/", (0.0,))[0] <= time.monotonic()
 
-    async def connect(self, volume: str) -> Wire:  # OSError
+    async def connect(
+        self, volume: str
+    ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:  # OSError
         host, _, port = volume.rpartition(":")
-        wire = functools.partial(Wire, functools.partial(self.lost, volume))
-        create = asyncio.get_running_loop().create_connection
         async with asyncio.timeout(self.patience):
-            _, link = await create(wire, host.strip("[]"), int(port))
-        link.transport.set_write_buffer_limits(WRITE_AHEAD, WRITE_AHEAD - SMALL)
-        return link
+            reader, writer = await asyncio.open_connection(
+                host.strip("[]"), int(port), limit=MAX_HEAD
+            )
+        writer.transport.set_write_buffer_limits(WRITE_AHEAD)
+        return reader, writer
 
     @contextlib.asynccontextmanager
-    async def exchange(
-        self, method: str, location: str, path: str, fields: str = "", body: Any = None
-    ) -> AsyncIterator[tuple[int, int | None, Pieces]]:
-        """Status, length and body of an answer. body() is the next piece of ours, b"" after the
-        last. An answer renews trust, or ends it. TROUBLE is noted, and raised."""
-        (volume, slash, drive), link = location.partition("/"), None
+    async def exchange(self, method: str, location: str, path: str, body: Any = None) -> Any:
+        """Status, length and pieces of an answer. body() is the next piece of ours, b"" after the
+        last. An answer renews trust, or ends it. 503, and it is noted, when there is none."""
+        (volume, slash, drive), link = location.partition("/"), ()
         idle, seconds = self.idle[volume], self.patience * (10 if method in ("GET", "PUT") else 1)
+        if idle and idle[-1][0].at_eof():  # the volume has closed it
+            self.distrust(volume)
         try:
-            link = idle.pop() if idle and "close" not in fields else await self.connect(volume)
-            head = f"{method} {slash}{drive}{path} HTTP/1.1\r\nHost: {volume}\r\n{fields}\r\n"
-            link.writer.write(head.encode())
+            reader, writer = link = idle.pop() if idle else await self.connect(volume)
+            coding = "Transfer-Encoding: chunked\r\n" if body else ""
+            head = f"{method} {slash}{drive}{path} HTTP/1.1\r\nHost: {volume}\r\n{coding}\r\n"
+            writer.write(head.encode())
             while body and (piece := await body()):
                 async with asyncio.timeout(seconds):
-                    link.writer.write(piece)
-                    await link.writer.drain()
+                    writer.writelines((b"%x\r\n" % len(piece), piece, b"\r\n"))
+                    await writer.drain()
+            writer.write(b"0\r\n\r\n" if body else b"")
             async with asyncio.timeout(seconds):
-                answer = await read_until(link.reader, b"\r\n\r\n")
-            status, length, close = parse_answer(answer)
+                answer = await reader.readuntil(b"\r\n\r\n")
+            first, _, length, close = parse_head(STATUS, answer)
+            status = int(first[1])
             self.mark(volume, "")
             if status >= 500 or method == "PUT":
                 self.mark(location + "/", "" if status == 201 else f"it answers {status}")
@@ -574,50 +493,41 @@ class Volumes:  # what is known of them; a location that answers is trusted for 
             elif status != 404:
                 self.trusted.pop(location, None)
             rest = 0 if method == "HEAD" or status == 204 else length
-            yield status, length, read_body(link.reader, rest, seconds)
-            if not close and not link.reader._buffer and len(idle) < 64:
+            yield status, length, read_body(reader, rest, seconds)
+            if (method == "GET" or not rest) and not (close or reader._buffer or len(idle) > 63):
                 idle.append(link)
-                link = None
-        except TROUBLE as error:
+        except (OSError, EOFError, ValueError, RuntimeError, asyncio.LimitOverrunError) as error:
             self.distrust(volume)
-            places = [] if link and link.reader._buffer else [volume]  # it may answer too early
+            places = [] if link and reader._buffer else [volume]  # it may answer too early
             places += [location + "/"] if link and method == "PUT" else []
             for place in places:
                 self.mark(place, str(error) or repr(error))
-            raise
+            raise HTTPError(503, f"{location} does not answer {method}: {error!r}") from error
         finally:
-            if link:
-                link.transport.abort()  # of an upload that is cut short nginx keeps nothing
+            if link and link not in idle:
+                writer.transport.abort()  # of an upload that is cut short nginx keeps nothing
 
     async def request(self, *what: Any) -> tuple[int, int | None]:
-        """Status, or 0, and length of an answer to what exchange() takes; an error page is lost."""
+        """Status, or 0, and length of an answer to what exchange() takes."""
         try:
-            async with self.exchange(*what) as (status, length, rest):
-                async with asyncio.timeout(self.patience):
-                    async for _ in rest:
-                        pass
-            return status, length
-        except TROUBLE:
+            async with self.exchange(*what) as (status, length, _):
+                return status, length
+        except HTTPError:
             return 0, None
 
     async def read(self, location: str, path: str) -> Pieces:  # of a file, streamed. 503
-        try:
-            async with self.exchange("GET", location, path) as (status, _, pieces):
-                async for piece in pieces:
-                    if status == 200:
-                        yield piece
-        except TROUBLE as error:
-            raise HTTPError(503, f"{location} does not give {path}: {error!r}") from error
+        async with self.exchange("GET", location, path) as (status, _, pieces):
+            async for piece in pieces:
+                if status == 200:
+                    yield piece
         require(status == 200, 503, f"{location} answers {status} to GET {path}")
 
-    async def write(self, path: str, places: list, length: int | None, body: Pieces) -> tuple:
+    async def write(self, path: str, places: list[str], body: Pieces) -> tuple[dict, int, bytes]:
         """PUT a body to all places in one pass: statuses, size, md5. Raises what it raises."""
         size, md5, queues = 0, hashlib.md5(), {place: asyncio.Queue(1) for place in places}
-        fields = f"Content-Length: {length}\r\n" if length else "Transfer-Encoding: chunked\r\n"
-        fields += "" if length and length <= SMALL else "Connection: close\r\n"
 
         async def upload(place: str) -> tuple[str, int]:
-            status, _ = await self.request("PUT", place, path, fields, queues[place].get)
+            status, _ = await self.request("PUT", place, path, queues[place].get)
             queue = queues.pop(place)
             while not queue.empty():  # who waits for room in it goes on
                 queue.get_nowait()
@@ -629,15 +539,23 @@ class Volumes:  # what is known of them; a location that answers is trusted for 
                 size += len(piece)
                 md5.update(piece)
                 for queue in list(queues.values()):
-                    await queue.put(piece if length else b"%x\r\n%b\r\n" % (len(piece), piece))
-                require(queues, 503, "no volume takes the value")
-            for last in [b""] if length else [b"0\r\n\r\n", b""]:
-                for queue in list(queues.values()):
-                    await queue.put(last)
+                    await queue.put(piece)
+                require(queues or not places, 503, "no volume takes the value")
+            for queue in list(queues.values()):
+                await queue.put(b"")
             return dict(await asyncio.gather(*tasks)), size, md5.digest()
         finally:
             for task in tasks:
                 task.cancel()
+
+    def trusts(self, location: str, path: str) -> bool:  # a GET; it is asked again in good time
+        idle = self.idle[location.partition("/")[0]]
+        if idle and idle[-1][0].at_eof():  # the volume has closed it
+            self.distrust(location.partition("/")[0])
+        left = self.trusted.get(location, 0.0) - time.monotonic()
+        if left < self.timeout / 4 and self.up(location):
+            self.probe(location, path)
+        return left > 0
 
     def probe(self, place: str, path: str = "/") -> None:  # in the background, one at a time
         if place not in self.probes:
@@ -649,85 +567,74 @@ class Volumes:  # what is known of them; a location that answers is trusted for 
 # The verbs. An operation of the index decides; all else is work on files that the journal lists.
 # Neither sockets nor LMDB are to be seen from here.
 
-NO_KEY = refusal(HTTPError(404, "no such key"))
-
 
 class Store:  # an index, volumes, and the flags that say how to use them
     def __init__(self, flags: argparse.Namespace, index: Index) -> None:
         self.flags, self.index, self.volumes = flags, index, Volumes(flags.voltimeout)
-        self.redirects = functools.lru_cache(maxsize=4096)(self.make_redirects)
         self.connections, self.draining = set(), False  # if so, their next answers are the last
-        self.requests, self.seconds = Counter(), Counter()  # by method and status; by method
-        self.received, self.waiting = 0, 0  # bytes of bodies; files that could not be deleted
-        self.pause = min(5.0, flags.grace / 2 + 0.05)  # seconds between two rounds of sweep()
-        self.lag, self.ticked = 0.0, time.monotonic()  # seconds; of the last round
+        self.counters = Counter()  # by the names that Prometheus is told
+        self.pause, self.ticked = min(5.0, flags.grace / 2 + 0.05), time.monotonic()  # of sweep()
 
     def ranking(self, key: bytes, count: int = 256) -> list[str]:  # locations for a key, best first
         return key2volume(key, self.flags.volumes, count, self.flags.subvolumes)
 
-    def answer(self, request: Request, body: Pieces | None) -> Any:
-        """The answer to a request: bytes, a coroutine of bytes, or a stream. HTTPError."""
+    async def answer(self, request: Request, body: Pieces | None) -> bytes | Pieces:
+        """The answer to a request, whole or as the pieces of its JSON. HTTPError."""
         if request.query is not None:
-            return self.ask(request)
+            return self.query(request)
         key, verb = parse_key(request.path), request.method
         if verb in ("GET", "HEAD"):
-            return self.get(key, request.path) or self.find(key, request.path)
+            return await self.get(key, request.path)
         if verb == "PUT":
             md5 = request.fields.get(b"content-md5", b"").decode("latin-1")
-            return self.put(key, request.length, md5, body, Record())
-        return self.rebalance(key) if verb == "REBALANCE" else self.remove(key, verb)
+            return await self.put(key, request.length, md5, body, Record())
+        return await (self.rebalance(key) if verb == "REBALANCE" else self.remove(key, verb))
 
-    def get(self, key: bytes, path: bytes) -> bytes | None:
-        """302 to a trusted replica, at random; None if none is trusted. Trust is kept up. 404."""
-        text = self.index.get(key)
-        redirects = self.redirects(key, text) if text else ()
-        if not redirects:
-            if not self.flags.fallback:
-                return NO_KEY
+    async def ask(self, method: str, key: bytes, replicas: Sequence[Replica]) -> dict:
+        """What the volumes answer about files of a key: (status, size) by replica."""
+        asks = [self.volumes.request(method, p, key2path(key, i)) for p, i in replicas]
+        return dict(zip(replicas, await asyncio.gather(*asks), strict=True))
+
+    async def get(self, key: bytes, path: bytes) -> bytes:
+        """302 to a trusted replica, at random; if none is, to one that answers now. 404, 503."""
+        record = self.index.look(key).record
+        if not record.replicas or record.deleted:
+            require(self.flags.fallback, 404, "no such key")
             target = quote(path, safe="%/:@!$&'()*+,;=~")  # as it was sent, but ASCII
             return response(302, f"Location: http://{self.flags.fallback}{target}\r\n")
-        trusted, now, late = self.volumes.trusted, time.monotonic(), self.volumes.timeout / 4
-        for location, file, _ in redirects:
-            if trusted.get(location, 0) < now + late and self.volumes.up(location):
-                self.volumes.probe(location, file)
-        ready = [answer for location, _, answer in redirects if trusted.get(location, 0) > now]
-        return random.choice(ready) if ready else None
-
-    def make_redirects(self, key: bytes, text: bytes) -> list[tuple[str, str, bytes]]:
-        """(location, path, answer to GET) for each replica; none when the key is unlinked."""
-        record = parse_record(text)
-        places = [replica.location for replica in record.replicas]
+        files = {replica: key2path(key, replica.write_id) for replica in record.replicas}
+        ready = [r for r, file in files.items() if self.volumes.trusts(r.location, file)]
+        if not ready:
+            up = [replica for replica in files if self.volumes.up(replica.location)]
+            answers = await self.ask("HEAD", key, up or record.replicas)
+            ready = [replica for replica, (status, _) in answers.items() if status == 200]
+            if not ready and self.index.look(key).record != record:  # deleted or moved meanwhile
+                return await self.get(key, path)
+            told = [status for status, _ in answers.values()]  # 0: nothing
+            require(ready, 404 if told == [404] * len(files) else 503, f"the volumes say {told}")
+        replica, places = random.choice(ready), [location for location, _ in files]
         balance = "balanced" if places == self.ranking(key, self.flags.replicas) else "unbalanced"
         fields = f"Key-Volumes: {','.join(places)}\r\nKey-Balance: {balance}\r\n"
         fields += f"Content-Md5: {record.hash}\r\n" if record.hash else ""
-        files = [(place, key2path(key, write_id)) for place, write_id in record.replicas]
-        answers = [response(302, f"Location: http://{p}{file}\r\n{fields}") for p, file in files]
-        return [(*f, a) for f, a in zip(files, answers, strict=True) if not record.deleted]
-
-    async def find(self, key: bytes, path: bytes) -> bytes:
-        """GET when no replica is trusted: ask all that are not known to be down."""
-        text = self.index.get(key) or b""
-        redirects = self.redirects(key, text)
-        up = [each for each in redirects if self.volumes.up(each[0])] or redirects
-        answers = await asyncio.gather(*(self.volumes.request("HEAD", p, f) for p, f, _ in up))
-        for (status, _), (_, _, answer) in zip(answers, up, strict=True):
-            if status == 200:
-                return answer
-        if not redirects or self.index.get(key) != text:  # deleted or moved meanwhile: once more
-            return self.get(key, path) or await self.find(key, path)
-        told = [status for status, _ in answers]  # 0: nothing
-        raise HTTPError(404 if told == [404] * len(redirects) else 503, f"the volumes say {told}")
+        return response(302, f"Location: http://{replica.location}{files[replica]}\r\n{fields}")
 
     async def put(self, key: bytes, length: Any, given: str, body: Any, old: Record) -> bytes:
         """201: `replicas` volumes have it all, the index on disk names them; `old` is replaced."""
         require(length != 0, 411, "a value has at least one byte, and a length or chunks")
         require(re.fullmatch(r"[\da-fA-F]{32}|[\w+/]{22}==|", given), 400, "malformed Content-MD5")
-        ranking, count = self.ranking(key), self.flags.replicas
-        able = [place for place in ranking if self.volumes.takes(place)]
+        able, count = list(filter(self.volumes.takes, self.ranking(key))), self.flags.replicas
         require(len(able) >= count, 503, f"of {count} volumes needed {len(able)} can be written")
-        async with self.making(key, able[:count], old) as (owner, write_id):
-            path, todo = key2path(key, write_id), able[:count]
-            statuses, size, md5 = await self.volumes.write(path, todo, length, body)
+        owner, write_id, todo = (
+            f"{self.index.process}.{next(self.index.claims)}",
+            None,
+            able[:count],
+        )
+        try:
+            await self.index.evict(key, self.index.look(key).owner)
+            write_id = await self.index.do(Row.claim, key, owner, todo, time.time(), old)
+            path = key2path(key, write_id)
+            statuses, size, md5 = await self.volumes.write(path, todo, body)
+            self.counters["received_bytes_total"] += size
             require(size, 411, "a value has at least one byte")
             digest, right = md5.hex(), {"", md5.hex(), base64.b64encode(md5).decode()}
             status = 503 if old.replicas else 400  # the replica is rotten, or the client is wrong
@@ -739,22 +646,38 @@ class Store:  # an index, volumes, and the flags that say how to use them
                     await self.index.do(Row.extend, key, owner, Replica(place, write_id))
                     copy = self.volumes.read(random.choice(made), path)
                     with contextlib.suppress(HTTPError):  # the next one may do
-                        copied, _, same = await self.volumes.write(path, [place], size, copy)
+                        copied, _, same = await self.volumes.write(path, [place], copy)
                         made += [place] if copied[place] == 201 and same == md5 else []
             require(len(made) == count, 503, f"{count} replicas cannot be made: {statuses}")
-            files = tuple(Replica(p, write_id) for p in sorted(made, key=ranking.index))
+            files = tuple(Replica(place, write_id) for place in made)
             record = Record(files, size, write_id, digest if self.flags.md5sum else "", old.deleted)
             before = await self.index.do(Row.commit, key, owner, record, old)
+        except BaseException:  # after any commit queued before it: no record names what it lists
+            listed = await self.index.do(Row.settle, key, owner, ())
+            await self.erase(key, [r for r in listed if r.write_id == write_id], (204,))
+            raise
         await self.erase(key, () if old.replicas else before.replicas, (204, 404))  # was unlinked
         return response(201)
 
-    async def rebalance(self, key: bytes) -> bytes:
+    async def examine(self, key: bytes, record: Record, deep: bool) -> dict[Replica, str]:
+        """What is wrong with each replica: "", missing, size, md5 (if deep), or unreachable."""
+        wrong = {}
+        for file, (status, size) in (await self.ask("HEAD", key, record.replicas)).items():
+            same = "" if record.size in (size, None) else "size"
+            wrong[file] = {200: same, 404: "missing"}.get(status, "unreachable")
+            if deep and record.hash and not wrong[file]:
+                wrong[file] = "unreachable"
+                with contextlib.suppress(HTTPError):
+                    body = self.volumes.read(file.location, key2path(key, file.write_id))
+                    *_, md5 = await self.volumes.write("", [], body)  # nowhere
+                    wrong[file] = "md5" * (md5.hex() != record.hash)
+        return wrong
+
+    async def rebalance(self, key: bytes, deep: bool = False) -> bytes:
         """204: the best volumes that work have the value, whole, and no others. 404, 409, 503."""
         old, count = self.index.look(key).record, self.flags.replicas
         require(old.replicas, 404, "no such key")
-        asks = [self.volumes.request("HEAD", p, key2path(key, i)) for p, i in old.replicas]
-        answers = zip(old.replicas, await asyncio.gather(*asks), strict=True)
-        good = {p: i for (p, i), answer in answers if answer == (200, old.size)}
+        good = {p: i for (p, i), bad in (await self.examine(key, old, deep)).items() if not bad}
         home = [p for p in self.ranking(key) if p in good or self.volumes.takes(p)][:count]
         require(good and len(home) == count, 503, "too few volumes can be reached")
         if list(good) != home:
@@ -763,50 +686,33 @@ class Store:  # an index, volumes, and the flags that say how to use them
             await self.put(key, old.size, old.hash, body, old)
         return response(204)
 
-    @contextlib.asynccontextmanager
-    async def making(self, key: bytes, places: list[str], old: Record) -> AsyncIterator[tuple]:
-        """A claim: (owner, write id). Unless the block commits, what it made is deleted."""
-        owner, write_id = self.index.owner(), None
-        try:
-            write_id = await self.index.do(Row.claim, key, owner, places, time.time(), old)
-            yield owner, write_id
-        except BaseException:  # after any commit queued before it: no record names what it lists
-            listed = await self.index.do(Row.settle, key, owner, ())
-            await self.erase(key, [r for r in listed if r.write_id == write_id], (204,))
-            raise
-
     async def erase(self, key: bytes, replicas: Sequence[Replica], proof: Sequence[int]) -> int:
         """Delete files on volumes that are up. A status in `proof` shows one gone: how many are."""
-        files = [replica for replica in replicas if self.volumes.up(replica.location)]
-        ask = [self.volumes.request("DELETE", p, key2path(key, write_id)) for p, write_id in files]
-        answers = await asyncio.gather(*ask)
-        gone = [r for r, (status, _) in zip(files, answers, strict=True) if status in proof]
+        up = [replica for replica in replicas if self.volumes.up(replica.location)]
+        answers = await self.ask("DELETE", key, up)
+        gone = [replica for replica, (status, _) in answers.items() if status in proof]
         if gone:  # nobody has to wait for that to be on disk
             self.index.do(Row.settle, key, "", gone)
         return len(gone)
 
     async def remove(self, key: bytes, method: str) -> bytes:
         """204: no GET finds the key. After DELETE its files go too, sooner or later."""
-        if method == "UNLINK":
-            await self.index.do(Row.unlink, key)
-        else:
-            record = await self.index.do(Row.remove, key, self.flags.protect)
-            await self.erase(key, record.replicas, (204, 404))
+        hide = method == "UNLINK"
+        before = await self.index.do(Row.remove, key, hide, self.flags.protect)
+        await self.erase(key, () if hide else before.replicas, (204, 404))
         return response(204)
 
-    def ask(self, request: Request) -> bytes | Pieces:
+    def query(self, request: Request) -> bytes | Pieces:
         """GET with a query: ?list, ?unlinked, /?health, /?metrics. 400 for any other."""
-        try:
-            query = parse_qs(request.query.decode(), keep_blank_values=True, errors="strict")
-            limit = int(query.get("limit", [sys.maxsize])[0])
-        except ValueError as error:
-            raise HTTPError(400, f"malformed query: {error}") from error
-        words, start = set(query) - {"start", "limit"}, query.get("start", [""])[0].encode()
-        require(request.method in ("GET", "HEAD") and limit >= 0, 400, "not with a query like this")
+        query = parse_qs(request.query.decode(errors="replace"), keep_blank_values=True)
+        limit, start = (query.get(name, [""])[0] for name in ("limit", "start"))
+        reading = request.method in ("GET", "HEAD") and "\ufffd" not in start
+        require(reading and re.fullmatch("[0-9]{0,18}", limit), 400, "no query like this")
         if request.path == b"/" and set(query) in ({"health"}, {"metrics"}):
             return response(200, TEXT, b"ok\n" if "health" in query else self.metrics())
-        require(words in ({"list"}, {"unlinked"}), 400, "no such query: try ?list")
-        return self.list(unquote_to_bytes(request.path), start, limit, "unlinked" in words)
+        require(set(query) - {"start", "limit"} in ({"list"}, {"unlinked"}), 400, "try ?list")
+        prefix, most = unquote_to_bytes(request.path), int(limit or sys.maxsize)
+        return self.list(prefix, start.encode(), most, "unlinked" in query)
 
     async def list(self, prefix: bytes, start: bytes, limit: int, unlinked: bool) -> Pieces:
         """The JSON of the keys with a prefix, from `start` on, a thousand at a time."""
@@ -824,22 +730,18 @@ class Store:  # an index, volumes, and the flags that say how to use them
 
     def metrics(self) -> bytes:  # for Prometheus; of this process, but for keys and journal
         (keys, entries), volumes = self.index.count(), set(self.flags.volumes)
-        label, times = 'requests_total{{method="{}",status="{}"}}', self.seconds.items()
-        values = {label.format(m, status.decode()): n for (m, status), n in self.requests.items()}
-        values |= {f'request_seconds_total{{method="{method}"}}': spent for method, spent in times}
-        values |= {"received_bytes_total": self.received, "event_loop_lag_seconds": self.lag}
-        values |= {"keys": keys, "journal_entries": entries, "connections": len(self.connections)}
+        values = {"keys": keys, "journal_entries": entries, "connections": len(self.connections)}
         values |= {"volumes": len(volumes), "volumes_up": len(volumes - set(self.volumes.down))}
-        return "".join(f"mkv_{name} {value}\n" for name, value in values.items()).encode()
+        return "".join(f"mkv_{n} {v}\n" for n, v in (values | self.counters).items()).encode()
 
     async def sweep(self) -> None:
         """Delete garbage older than `grace`, the older the more seldom; evict owners that are dead.
         Until `settle` has passed, 404 does not prove a file gone: a late PUT may still land."""
-        await self.index.evict_dead()
         now, left = time.time(), 0
         for rows in self.index.walk(self.index.journal, b"", 16):
             work = []
             for key, row in [(key, self.index.look(key)) for key, _ in rows]:
+                await self.index.evict(key, row.owner)
                 age = now - row.since
                 if age >= self.flags.grace and not row.owner:
                     left += (n := len(row.replicas))
@@ -848,20 +750,18 @@ class Store:  # an index, volumes, and the flags that say how to use them
                         work.append(self.erase(key, random.sample(row.replicas, min(n, 32)), proof))
             left -= sum(await asyncio.gather(*work))
             await asyncio.sleep(0)  # for the others
-        if left and not self.waiting:
+        if left and not self.counters["files_to_delete"]:
             logging.warning("%d files still wait to be deleted", left)
-        self.waiting = left
+        self.counters["files_to_delete"] = left
         self.index.env.reader_check()  # a reader that was killed pins old pages
 
-    async def tick(self) -> None:  # try what is down, end idle connections, see how late we are
+    async def tick(self) -> None:  # try what is down, see how late we are
         now = time.monotonic()
-        self.lag, self.ticked = max(0.0, now - self.ticked - TICK), now
+        self.counters["event_loop_lag_seconds"] = max(0.0, now - self.ticked - TICK)
+        self.ticked = now
         for place, (due, _) in self.volumes.down.items():
             if due <= now and "/" not in place:  # a location is tried by the next PUT
                 self.volumes.probe(place)
-        for connection in list(self.connections):
-            if not connection.task and now - connection.started > IDLE_TIME:
-                connection.transport.abort()
 
 
 async def every(seconds: float, job: Callable) -> None:  # for at most a fifth of the time
@@ -872,6 +772,118 @@ async def every(seconds: float, job: Callable) -> None:  # for at most a fifth o
         await asyncio.sleep(max(seconds, 4 * (time.monotonic() - began)))
 
 
+# --- maintenance ----------------------------------------------------------------------------------
+# rebuild, rebalance, verify: for all files, or all keys, in constant memory, beside a live server.
+# What they find goes to stdout, a line of JSON each; how far they are, to stderr.
+
+
+class Maintenance(Store):  # one run of a command
+    done, total, found, terminal = 0, 0, Counter(), sys.stderr.isatty()
+
+    def report(self, finding: str, key: bytes = b"", file: Any = None, **more: Any) -> None:
+        self.found[finding] += 1
+        where = {"location": file.location, "path": key2path(key, file.write_id)} if file else {}
+        print(json.dumps({"finding": finding, "key": key.decode()} | where | more), flush=True)
+
+    async def progress(self) -> None:  # on a terminal always in the same line
+        rate, todo = max(0.1, self.done / (time.monotonic() - self.began)), self.total - self.done
+        text = f"{self.done} of {self.total}, {rate:.0f}/s, {todo / rate:.0f} s left"
+        print(text, dict(self.found), end=" \r" if self.terminal else "\n", file=sys.stderr)
+
+    async def run(self) -> int:
+        """Do it. 0: all is well, 1: there are findings, 2: not all of it could be done."""
+        self.began, command = time.monotonic(), self.flags.command
+        jobs = (TICK, self.tick), (0.2 if self.terminal else 10, self.progress)
+        _tasks = [asyncio.create_task(every(*job)) for job in jobs]
+        try:
+            if command != "rebuild":
+                await self.for_keys(self.check if command == "verify" else self.move)
+            if command == "rebalance":  # what was replaced goes when its readers have left
+                await asyncio.sleep(self.flags.grace * bool(self.index.count()[1]))
+                await self.sweep()
+            else:
+                await self.for_files(self.identify if command == "verify" else self.adopt)
+        except (HTTPError, asyncio.CancelledError) as error:  # the latter by Ctrl-C
+            self.report("unfinished", reason=str(error))
+        print(f"{command}: {self.done} of {self.total}, {dict(self.found)}", file=sys.stderr)
+        return 2 if self.found["unfinished"] else 1 if self.found else 0
+
+    async def for_keys(self, job: Callable) -> None:
+        """Run job(key, record) for all keys, 16 at a time."""
+        self.total += self.index.count()[0]
+        for rows in self.index.walk(self.index.keys, b"", 16):
+            await asyncio.gather(*(job(key, parse_record(text)) for key, text in rows))
+            for key, row in [(key, self.index.look(key)) for key, _ in rows]:
+                home, places = self.ranking(key, self.flags.replicas), row.record.replicas
+                if places and [place for place, _ in places] != home:
+                    self.report("unbalanced", key)
+            self.done += len(rows)
+
+    async def for_files(self, job: Callable) -> None:
+        """Run job(key, file, size) for all files on the volumes."""
+        self.keep = self.flags.adopt_garbage or self.index.count()[0] > 0
+        self.total += 256
+        drives = [f"/sv{n:02X}" for n in range(self.flags.subvolumes) if self.flags.subvolumes > 1]
+        places = [volume + drive for volume in self.flags.volumes for drive in ("", *drives)]
+        for place in list(places):
+            try:
+                await self.descend(place, "/", job)
+            except HTTPError as error:
+                require(self.flags.partial, 503, error.reason)
+                self.report("unreachable", location=place, reason=error.reason)
+                places.remove(place)
+        for folder in map("/{:02x}/".format, range(256)):
+            await asyncio.gather(*(self.descend(place, folder, job) for place in places))
+            self.done += 1
+
+    async def descend(self, place: str, folder: str, job: Callable) -> None:
+        """Run job(key, file, size) for all files below a folder; in "/" there are none. 503."""
+        async with self.volumes.exchange("GET", place, quote(folder)) as (status, _, pieces):
+            text = b"".join([piece async for piece in pieces]).decode(errors="replace")
+            rows = json.loads(text) if status == 200 else []  # else a file, or unreachable
+        require(status in (200, 404), 503, f"{place}{folder} cannot be listed: {status}")
+        for row in rows:
+            path = folder + row["name"]
+            if row["type"] == "directory" and folder != "/":
+                await self.descend(place, path + "/", job)
+            elif not re.fullmatch(r"/([0-9a-f]{2}|sv[0-9A-F]{2}|lost\+found)", path):
+                try:
+                    key, write_id = path2key(path)
+                except ValueError:
+                    self.report("name", location=place, path=path)
+                else:
+                    await job(key, Replica(place, write_id), row["size"])
+
+    async def adopt(self, key: bytes, file: Replica, size: int) -> None:  # into the index
+        for old in await self.index.do(Row.adopt, key, file, size, self.ranking(key), self.keep):
+            self.report("garbage", key, old)
+
+    async def identify(self, key: bytes, file: Replica, _: int) -> None:  # report what nobody knows
+        row = self.index.look(key)
+        known = file in row.replicas + row.record.replicas
+        if not known and (await self.ask("HEAD", key, [file]))[file][0] == 200:
+            self.report("unknown", key, file)
+
+    async def check(self, key: bytes, record: Record) -> None:  # report what is wrong with a key
+        wrong = await self.examine(key, record, self.flags.deep)
+        if self.index.look(key).record == record:  # else it has changed meanwhile
+            for file, finding in wrong.items():
+                if finding:
+                    self.report(finding, key, file)
+            kept = [finding for finding in wrong.values() if finding in ("", "unreachable")]
+            if len(kept) < self.flags.replicas:
+                self.report("under-replicated", key)
+
+    async def move(self, key: bytes, record: Record, deep: bool = False) -> None:  # home
+        try:
+            await self.rebalance(key, deep or self.flags.deep)
+        except HTTPError as error:
+            if not deep:  # it may have met a rotten replica
+                await self.move(key, record, True)
+            elif self.index.look(key).record.replicas:  # not deleted meanwhile
+                self.report("failed", key, reason=error.reason)
+
+
 # --- command line ---------------------------------------------------------------------------------
 # Flags as the ancestor has them (one dash or two), the server process, the volumes of the demo.
 
@@ -879,22 +891,20 @@ async def every(seconds: float, job: Callable) -> None:  # for at most a fifth o
 def duration(text: str) -> float:
     """Seconds, from a duration as Go writes it: 300ms, 1.5s, 1h30m, 0. ValueError."""
     parts = re.findall(r"([0-9]+\.?[0-9]*)(h|ms|m|s)", text)
-    if text != "0" and (not parts or "".join(map("".join, parts)) != text):
-        raise ValueError
+    require(text == "0" or (parts and "".join(map("".join, parts)) == text), 400, text)
     return sum(float(n) * {"h": 3600, "m": 60, "s": 1, "ms": 0.001}[unit] for n, unit in parts)
 
 
 def addresses(text: str) -> tuple[str, ...]:
     """host:port,host:port,… ValueError for doubles and what is none."""
     volumes, address = text.split(","), re.compile(r"([\w.-]+|\[[0-9a-f:.]+\]):[0-9]{1,5}")
-    if not all(map(address.fullmatch, volumes)) or len(set(volumes)) < len(volumes):
-        raise ValueError
+    require(all(map(address.fullmatch, volumes)) and len({*volumes}) == len(volumes), 400, text)
     return tuple(volumes)
 
 
 def parse_flags(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """The flags, checked, and volumes of its own if none are given."""
-    parser.add_argument("command", choices=["server"])
+    parser.add_argument("command", choices=["server", "rebuild", "rebalance", "verify"])
     for name, kind, default, text in (
         ("volumes", addresses, (), "host:port,… (without: three of its own, for a look around)"),
         ("db", Path, Path("mkv-data/index"), "folder of the index"),
@@ -909,41 +919,28 @@ def parse_flags(parser: argparse.ArgumentParser) -> argparse.Namespace:
         ("grace", duration, 60.0, "how long replaced files stay for readers on their way"),
         ("protect", None, False, "UNLINK before DELETE"),
         ("v", None, False, "log every request"),
+        ("deep", None, False, "verify, rebalance: compare the MD5 of every replica, too"),
+        ("partial", None, False, "rebuild, verify: pass over locations that do not answer"),
+        ("adopt-garbage", None, False, "rebuild: delete what is not a value, in a new index too"),
     ):
         how = {"type": kind, "default": default} if kind else {"action": "store_true"}
         parser.add_argument(f"-{name}", f"--{name}", help=text, **how)
     flags = parser.parse_args()
-    flags.demo = () if flags.volumes else (3001, 3002, 3003)
+    flags.demo = not flags.volumes
     flags.bind = flags.bind or ("127.0.0.1" if flags.demo else "0.0.0.0")
-    flags.volumes = flags.volumes or tuple(f"127.0.0.1:{port}" for port in flags.demo)
+    flags.volumes = flags.volumes or addresses("127.0.0.1:3001,127.0.0.1:3002,127.0.0.1:3003")
     for name, most in ("port", 65535), ("subvolumes", 256), ("replicas", len(flags.volumes)):
         if not 1 <= getattr(flags, name) <= most:
             parser.error(f"-{name} is 1 to {most}")
     return flags
 
 
-def own_volumes(flags: argparse.Namespace, stack: contextlib.ExitStack) -> None:
-    """Start the volumes of the demo, under ./mkv-data; they end with the stack."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, until serve() takes both
-    for port in flags.demo:
-        command = [Path(__file__).with_name("volume.sh"), f"mkv-data/volume{port}"]
-        mine = {"PORT": f"{port}", "HOST": "127.0.0.1", "SUBVOLUMES": f"{flags.subvolumes}"}
-        env, pid = os.environ | mine, Path(command[1], ".nginx/pid")  # written when it listens
-        volume = stack.enter_context(subprocess.Popen(command, env=env, start_new_session=True))
-        stack.callback(volume.terminate)
-        while not pid.exists() or pid.read_text().strip() != str(volume.pid):
-            if volume.poll() is not None:
-                sys.exit(2)  # volume.sh has said why
-            time.sleep(0.01)
-
-
 def listen(flags: argparse.Namespace) -> tuple[socket.socket, Any]:
     """A socket at the port, which only servers of the same index share, and their lock. OSError."""
-    lock, shared = (flags.db / f"{flags.bind}:{flags.port}").open("w"), False
-    try:
+    lock, shared = (flags.db / f"{flags.bind}:{flags.port}").open("w"), True
+    with contextlib.suppress(BlockingIOError):  # there is one already
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:  # there is one already
-        shared = True
+        shared = False
     family = socket.AF_INET6 if ":" in flags.bind else socket.AF_INET
     listener = socket.create_server((flags.bind, flags.port), family=family, reuse_port=shared)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)  # from now on
@@ -956,9 +953,8 @@ async def serve(store: Store, listener: socket.socket) -> None:
     loop, stop = asyncio.get_running_loop(), asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.set)
-    await store.index.evict_dead()
-    queue, connect = listener.dup(), functools.partial(Connection, store)
-    server = await loop.create_server(connect, sock=listener, backlog=4096)
+    queue, opened = listener.dup(), lambda *streams: Connection(store, *streams).converse()
+    server = await asyncio.start_server(opened, sock=listener, limit=MAX_HEAD, backlog=4096)
     jobs = every(store.pause, store.sweep), every(TICK, store.tick), stop.wait()
     done, _ = await asyncio.wait(map(asyncio.create_task, jobs), return_when="FIRST_COMPLETED")
     await asyncio.gather(*done)  # raises what ended a job
@@ -966,33 +962,37 @@ async def serve(store: Store, listener: socket.socket) -> None:
     store.draining, began = True, time.monotonic()
     with queue, contextlib.suppress(BlockingIOError):
         while time.monotonic() < began + DRAIN_TIME:
-            await loop.connect_accepted_socket(connect, queue.accept()[0])
+            asyncio.create_task(opened(*await asyncio.open_connection(sock=queue.accept()[0])))
     while store.connections:
         for connection in list(store.connections):  # an idle one has a second to ask once more
-            if time.monotonic() - began > (DRAIN_TIME if connection.task else 1):
-                connection.transport.abort()
+            if time.monotonic() - began > (DRAIN_TIME if connection.busy else 1):
+                connection.writer.transport.abort()
         await asyncio.sleep(0.02)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser("mkv.py", usage=argparse.SUPPRESS, allow_abbrev=False)
     flags = parse_flags(parser)
-    logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO)
-    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # Debian starts us with 1024
+    logging.basicConfig(format="%(asctime)s %(message)s", level="DEBUG" if flags.v else "INFO")
+    at, names = f"http://{flags.bind}:{flags.port}", ",".join(flags.volumes)
+    if flags.demo and flags.command == "server":  # start these volumes, then this again
+        os.environ["SUBVOLUMES"] = f"{flags.subvolumes}"
+        script = str(Path(__file__).with_name("volume.sh"))
+        again = [sys.executable, *sys.argv, "-bind", flags.bind, "-volumes", names]
+        os.execv(script, [script, "demo", at, *again])
     try:
+        require(flags.db.exists() or flags.command in ("server", "rebuild"), 404, "no index there")
         index = Index(flags.db)
-        listener, _lock = listen(flags)
-    except (OSError, lmdb.Error) as error:
+        require(flags.command != "rebuild" or index.take("0", 0), 503, "another process uses it")
+        listener, _lock = listen(flags) if flags.command == "server" else (None, None)
+    except (OSError, lmdb.Error, HTTPError) as error:
         parser.error(f"cannot use -db {flags.db} and -port {flags.port}: {error}")
-    with contextlib.ExitStack() as stack:
-        own_volumes(flags, stack)
-        at, names = f"http://{flags.bind}:{flags.port}", ", ".join(flags.volumes)
+    if listener:
         print(f"mkv is at {at}, its index in {flags.db}, its volumes at {names}", flush=True)
-        if flags.demo:
-            print(f"curl -X PUT -d swag {at}/key\ncurl -L {at}/key\ncurl '{at}/?list'", flush=True)
-        uvloop.run(serve(Store(flags, index), listener))
+    command = serve(Store(flags, index), listener) if listener else Maintenance(flags, index).run()
+    status = uvloop.run(command)
     index.close()
+    sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -2,10 +2,31 @@
 # One volume: nginx in the foreground, serving a folder. PORT=3001 ./volume.sh /data/volume1
 # PORT (3001), HOST (all interfaces), SUBVOLUMES (10: sv00 to sv09, each of which may be a mount),
 # ALLOW (everybody): addresses or networks, separated by blanks, only from which may be written.
+# "volume.sh demo URL COMMAND…" is for mkv.py: three volumes, and COMMAND for as long as it runs.
 set -euo pipefail
 PORT=${PORT:-3001} HOST=${HOST:-} SUBVOLUMES=${SUBVOLUMES:-10} ALLOW=${ALLOW:-}
 die() { echo "volume.sh: $*" >&2; exit 2; }
 
+if [ "${1:-}" = demo ]; then
+  (: <"/dev/tcp/127.0.0.1/${2##*:}") 2>/dev/null && die "port ${2##*:} is taken"
+  set -m  # process groups of their own: Ctrl-C comes to this script alone
+  volumes=() server=
+  trap 'kill "${volumes[@]}" 2>/dev/null || true; wait' EXIT
+  trap 'kill $server 2>/dev/null || exit 0' INT TERM
+  for port in 3001 3002 3003; do
+    HOST=127.0.0.1 PORT=$port "$0" "mkv-data/volume$port" &
+    volumes+=($!)  # nginx will have this pid, and write it when it listens
+    until [ "$(cat "mkv-data/volume$port/.nginx/pid" 2>/dev/null)" = $! ]; do
+      kill -0 $! 2>/dev/null || exit 2  # it has said why
+      sleep 0.02
+    done
+  done
+  "${@:3}" & server=$!
+  until (: <"/dev/tcp/127.0.0.1/${2##*:}") 2>/dev/null || ! kill -0 "$server" 2>/dev/null; do sleep 0.02; done
+  printf '%s\n' "curl -X PUT -d swag $2/key" "curl -L $2/key" "curl '$2/?list'"
+  while wait "$server" && status=0 || status=$?; kill -0 "$server" 2>/dev/null; do :; done
+  exit "$status"
+fi
 [ $# = 1 ] || die "usage: PORT=3001 ./volume.sh /data/volume1"
 [[ $PORT =~ ^[0-9]+$ && $PORT -ge 1 && $PORT -le 65535 ]] || die "PORT=$PORT is not a port"
 [[ $SUBVOLUMES =~ ^[0-9]+$ && $SUBVOLUMES -ge 1 && $SUBVOLUMES -le 256 ]] || die "SUBVOLUMES is 1 to 256"
