@@ -14,6 +14,7 @@ import asyncio
 import base64
 import contextlib
 import fcntl
+import functools
 import hashlib
 import itertools
 import json
@@ -60,6 +61,7 @@ def require(condition: Any, status: int, reason: str, fields: str = "") -> None:
 # "host:port/svXX"; a write id is 16 hex digits: 8 of seconds since 1970, 8 that tell writers apart.
 
 
+@functools.lru_cache(1 << 14)
 def key2path(key: bytes, write_id: str = "") -> str:
     """The path of a key's file: two bytes of its md5, its base64, and its write id, if any."""
     digest, name = hashlib.md5(key).hexdigest(), base64.b64encode(key).decode()
@@ -72,7 +74,7 @@ def path2key(path: str) -> tuple[bytes, str]:
     """Key and write id of the file with this path. ValueError when key2path() gives no such."""
     name, _, write_id = path[7:].replace("-/", "").partition("-")
     key = base64.b64decode(name)
-    right = key[:1] == b"/" and parse_key(quote(key).encode()) and key2path(key, write_id) == path
+    right = key.decode()[:1] == "/" and 1 < len(key) <= MAX_KEY and key2path(key, write_id) == path
     require(right and re.fullmatch("([0-9a-f]{16})?", write_id), 400, "no key has such a file")
     return key, write_id
 
@@ -107,6 +109,7 @@ class Record(NamedTuple):
         return f"{mark}{','.join(files)}{size}".encode()
 
 
+@functools.lru_cache(1 << 14)
 def parse_record(text: bytes) -> Record:  # the inverse of Record.text(). 500
     match = RECORD.fullmatch(text.decode(errors="replace"))
     require(match, 500, f"unreadable record: {text!r}")
@@ -452,16 +455,12 @@ class Volumes:  # what is known of them; a location that answers is trusted for 
     def takes(self, location: str) -> bool:  # whether to PUT there, if only to try it again
         return self.up(location) and self.down.get(location + "/", (0.0,))[0] <= time.monotonic()
 
-    async def connect(
-        self, volume: str
-    ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:  # OSError
+    async def connect(self, volume: str) -> tuple:  # reader and writer. OSError
         host, _, port = volume.rpartition(":")
         async with asyncio.timeout(self.patience):
-            reader, writer = await asyncio.open_connection(
-                host.strip("[]"), int(port), limit=MAX_HEAD
-            )
-        writer.transport.set_write_buffer_limits(WRITE_AHEAD)
-        return reader, writer
+            link = await asyncio.open_connection(host.strip("[]"), int(port), limit=MAX_HEAD)
+        link[1].transport.set_write_buffer_limits(WRITE_AHEAD)
+        return link
 
     @contextlib.asynccontextmanager
     async def exchange(self, method: str, location: str, path: str, body: Any = None) -> Any:
@@ -573,10 +572,9 @@ class Store:  # an index, volumes, and the flags that say how to use them
         self.flags, self.index, self.volumes = flags, index, Volumes(flags.voltimeout)
         self.connections, self.draining = set(), False  # if so, their next answers are the last
         self.counters = Counter()  # by the names that Prometheus is told
+        rank = functools.lru_cache(1 << 14)(key2volume)
+        self.ranking = lambda key: rank(key, flags.volumes, 256, flags.subvolumes)
         self.pause, self.ticked = min(5.0, flags.grace / 2 + 0.05), time.monotonic()  # of sweep()
-
-    def ranking(self, key: bytes, count: int = 256) -> list[str]:  # locations for a key, best first
-        return key2volume(key, self.flags.volumes, count, self.flags.subvolumes)
 
     async def answer(self, request: Request, body: Pieces | None) -> bytes | Pieces:
         """The answer to a request, whole or as the pieces of its JSON. HTTPError."""
@@ -613,7 +611,7 @@ class Store:  # an index, volumes, and the flags that say how to use them
             told = [status for status, _ in answers.values()]  # 0: nothing
             require(ready, 404 if told == [404] * len(files) else 503, f"the volumes say {told}")
         replica, places = random.choice(ready), [location for location, _ in files]
-        balance = "balanced" if places == self.ranking(key, self.flags.replicas) else "unbalanced"
+        balance = "balanced" if places == self.ranking(key)[: self.flags.replicas] else "unbalanced"
         fields = f"Key-Volumes: {','.join(places)}\r\nKey-Balance: {balance}\r\n"
         fields += f"Content-Md5: {record.hash}\r\n" if record.hash else ""
         return response(302, f"Location: http://{replica.location}{files[replica]}\r\n{fields}")
@@ -814,7 +812,7 @@ class Maintenance(Store):  # one run of a command
         for rows in self.index.walk(self.index.keys, b"", 16):
             await asyncio.gather(*(job(key, parse_record(text)) for key, text in rows))
             for key, row in [(key, self.index.look(key)) for key, _ in rows]:
-                home, places = self.ranking(key, self.flags.replicas), row.record.replicas
+                home, places = self.ranking(key)[: self.flags.replicas], row.record.replicas
                 if places and [place for place, _ in places] != home:
                     self.report("unbalanced", key)
             self.done += len(rows)

@@ -3821,7 +3821,7 @@ async def test_a_key_with_much_garbage_is_swept_in_small_portions(tmp_path: Path
         asked.add((method, location))
         return 204, None
 
-    flags = {"voltimeout": 1.0, "grace": 0.0, "settle": 1.0, "volumes": ["v:1"]}
+    flags = {"voltimeout": 1.0, "grace": 0.0, "settle": 1.0, "volumes": ("v:1",)}
     with opened(tmp_path / "index") as index:
         store, owner = mkv.Store(types.SimpleNamespace(**flags), index), new_owner(index)
         store.volumes.request = request
