@@ -132,13 +132,15 @@ class Row(NamedTuple):  # a key in both tables; each operation returns the new r
     replicas: tuple[Replica, ...]  # in the journal
 
     def claim(self, owner: str, where: Sequence[str], now: float, old: Record) -> tuple:
-        """Lock a key and list files to be made: their write id, newer than all others. 409, 403."""
+        """Lock a key, list files to be made: their write id, the newest or as `old`. 409, 403."""
         live = self.record.replicas and not self.record.deleted
         require(not self.owner, 409, "another PUT or REBALANCE of this key is under way")
         require(old.replicas or not live, 403, "key exists: DELETE it first")
         newest = max((r.write_id for r in self.replicas + self.record.replicas), default="")
         seconds = max(int(now), 1 + int("0" + newest[:8], 16))
-        write_id = f"{seconds:08x}{hashlib.md5(owner.encode()).hexdigest()[:8]}"
+        write_id = (old.write_id or f"{seconds:08x}")[:8] + hashlib.md5(owner.encode()).hexdigest()[
+            :8
+        ]
         made = tuple(Replica(location, write_id) for location in where)
         return self._replace(owner=owner, replicas=self.replicas + made), write_id
 
@@ -188,17 +190,14 @@ class Index:
         self.env = lmdb.open(str(path), map_size=1 << 40, max_dbs=2, max_readers=4096)
         self.keys, self.journal = self.env.open_db(b"keys"), self.env.open_db(b"journal")
         self.queue, self.kept, self.flushing = [], [], None  # jobs; those to be tried again; a task
-        self.alive, self.claims = (path / "alive").open("a"), itertools.count(1)
+        self.alive, self.claims = (path / "alive").open("a+"), itertools.count(1)
         self.process = os.urandom(7).hex()
         require(self.take(self.process), 503, "a rebuild is under way")
 
-    def close(self) -> None:  # after writing what nobody waited for
-        self.commit(self.kept + self.queue)
-        self.env.close()
-
-    def take(self, process: str, count: int = 1) -> bool:  # a lock, for good: False if it lives
-        with contextlib.suppress(BlockingIOError):  # count 0: all others
-            fcntl.lockf(self.alive, fcntl.LOCK_EX | fcntl.LOCK_NB, count, int(process[:14], 16))
+    def take(self, process: str, count: int = 1) -> bool:  # a lock, for good; shared by evictors
+        how = fcntl.LOCK_EX if process in ("0", self.process) else fcntl.LOCK_SH
+        with contextlib.suppress(BlockingIOError):  # False if it lives; count 0: all others
+            fcntl.lockf(self.alive, how | fcntl.LOCK_NB, count, int(process[:14], 16))
             return True
         return False
 
@@ -332,6 +331,7 @@ def response(status: int, fields: str = "", body: bytes = b"") -> bytes:  # fiel
 
 def refusal(error: Exception) -> bytes:  # as one line of plain text
     known = {TimeoutError: (408, "too slow"), asyncio.LimitOverrunError: (431, "too long a line")}
+    known[asyncio.IncompleteReadError] = 400, "the request ended early"
     error = error if isinstance(error, HTTPError) else HTTPError(*known[type(error)])
     return response(error.status, TEXT + error.fields, error.reason.encode() + b"\n")
 
@@ -364,6 +364,7 @@ async def read_body(reader: Any, length: int | None, seconds: float, asked: Any 
 class Connection:  # of a client: its requests are answered one after the other
     def __init__(self, store: Any, reader: asyncio.StreamReader, writer: Any) -> None:
         self.store, self.reader, self.writer = store, reader, writer
+        writer.transport.set_write_buffer_limits(0)  # drain() waits until all is sent
         self.busy, self.closing = False, False  # with a request; after the last answer
 
     async def converse(self) -> None:
@@ -383,7 +384,7 @@ class Connection:  # of a client: its requests are answered one after the other
 
     async def serve(self) -> None:
         """Answer a request. EOFError, OSError when the client is idle or does not take it."""
-        method, path, close, rest = "-", b"-", True, ()
+        method, path, close, rest, self.busy = "-", b"-", True, (), False
         async with asyncio.timeout(IDLE_TIME):
             await self.writer.drain()
             first, began = await self.reader.read(1), time.monotonic()
@@ -402,9 +403,9 @@ class Connection:  # of a client: its requests are answered one after the other
                 rest, answer, close = answer, STREAM, close or method == "GET"
             elif method == "PUT":  # the body is read
                 close = request.close
-        except (HTTPError, TimeoutError, asyncio.LimitOverrunError) as error:
+        except (HTTPError, TimeoutError, EOFError, asyncio.LimitOverrunError) as error:
             answer = refusal(error)
-        self.busy, self.closing = False, close or self.store.draining
+        self.closing = close or self.store.draining
         if self.closing:
             answer = answer.replace(b"\r\n", b"\r\nConnection: close\r\n", 1)
         self.writer.write(answer[: answer.find(b"\r\n\r\n") + 4] if method == "HEAD" else answer)
@@ -438,6 +439,11 @@ class Volumes:  # what is known of them; a location that answers is trusted for 
         while self.idle[volume]:  # they may be as dead as the one that failed
             self.idle[volume].pop()[1].transport.abort()
 
+    def pool(self, volume: str) -> list:  # idle connections, none if the volume closes them
+        if any(link[0].at_eof() or link[1].is_closing() for link in self.idle[volume][-1:]):
+            self.distrust(volume)
+        return self.idle[volume]
+
     def mark(self, place: str, trouble: str) -> None:
         """A volume does not answer, or a location takes no value; without trouble, it does."""
         due, pause = self.down.get(place, (0.0, self.patience / 2))
@@ -467,9 +473,7 @@ class Volumes:  # what is known of them; a location that answers is trusted for 
         """Status, length and pieces of an answer. body() is the next piece of ours, b"" after the
         last. An answer renews trust, or ends it. 503, and it is noted, when there is none."""
         (volume, slash, drive), link = location.partition("/"), ()
-        idle, seconds = self.idle[volume], self.patience * (10 if method in ("GET", "PUT") else 1)
-        if idle and idle[-1][0].at_eof():  # the volume has closed it
-            self.distrust(volume)
+        idle, seconds = self.pool(volume), self.patience * (10 if method in ("GET", "PUT") else 1)
         try:
             reader, writer = link = idle.pop() if idle else await self.connect(volume)
             coding = "Transfer-Encoding: chunked\r\n" if body else ""
@@ -548,9 +552,7 @@ class Volumes:  # what is known of them; a location that answers is trusted for 
                 task.cancel()
 
     def trusts(self, location: str, path: str) -> bool:  # a GET; it is asked again in good time
-        idle = self.idle[location.partition("/")[0]]
-        if idle and idle[-1][0].at_eof():  # the volume has closed it
-            self.distrust(location.partition("/")[0])
+        self.pool(location.partition("/")[0])
         left = self.trusted.get(location, 0.0) - time.monotonic()
         if left < self.timeout / 4 and self.up(location):
             self.probe(location, path)
@@ -563,15 +565,13 @@ class Volumes:  # what is known of them; a location that answers is trusted for 
 
 
 # --- store ----------------------------------------------------------------------------------------
-# The verbs. An operation of the index decides; all else is work on files that the journal lists.
-# Neither sockets nor LMDB are to be seen from here.
+# The verbs, without sockets or LMDB. An operation of the index decides; all else is work on files.
 
 
 class Store:  # an index, volumes, and the flags that say how to use them
     def __init__(self, flags: argparse.Namespace, index: Index) -> None:
         self.flags, self.index, self.volumes = flags, index, Volumes(flags.voltimeout)
-        self.connections, self.draining = set(), False  # if so, their next answers are the last
-        self.counters = Counter()  # by the names that Prometheus is told
+        self.connections, self.draining, self.counters = set(), False, Counter()  # for Prometheus
         rank = functools.lru_cache(1 << 14)(key2volume)
         self.ranking = lambda key: rank(key, flags.volumes, 256, flags.subvolumes)
         self.pause, self.ticked = min(5.0, flags.grace / 2 + 0.05), time.monotonic()  # of sweep()
@@ -585,7 +585,7 @@ class Store:  # an index, volumes, and the flags that say how to use them
             return await self.get(key, request.path)
         if verb == "PUT":
             md5 = request.fields.get(b"content-md5", b"").decode("latin-1")
-            return await self.put(key, request.length, md5, body, Record())
+            return await self.put(key, request.length, md5, body, Record(), [])
         return await (self.rebalance(key) if verb == "REBALANCE" else self.remove(key, verb))
 
     async def ask(self, method: str, key: bytes, replicas: Sequence[Replica]) -> dict:
@@ -616,39 +616,38 @@ class Store:  # an index, volumes, and the flags that say how to use them
         fields += f"Content-Md5: {record.hash}\r\n" if record.hash else ""
         return response(302, f"Location: http://{replica.location}{files[replica]}\r\n{fields}")
 
-    async def put(self, key: bytes, length: Any, given: str, body: Any, old: Record) -> bytes:
-        """201: `replicas` volumes have it all, the index on disk names them; `old` is replaced."""
+    async def put(self, key: bytes, length: Any, md5: str, body: Any, old: Any, keep: Any) -> bytes:
+        """201: `replicas` volumes have it all (some `keep` it), the index on disk names them."""
         require(length != 0, 411, "a value has at least one byte, and a length or chunks")
-        require(re.fullmatch(r"[\da-fA-F]{32}|[\w+/]{22}==|", given), 400, "malformed Content-MD5")
-        able, count = list(filter(self.volumes.takes, self.ranking(key))), self.flags.replicas
+        require(re.fullmatch(r"[\da-fA-F]{32}|[\w+/]{22}==|", md5), 400, "malformed Content-MD5")
+        able = [p for p in self.ranking(key) if p not in dict(keep) and self.volumes.takes(p)]
+        count = self.flags.replicas - len(keep)
         require(len(able) >= count, 503, f"of {count} volumes needed {len(able)} can be written")
-        owner, write_id, todo = (
-            f"{self.index.process}.{next(self.index.claims)}",
-            None,
-            able[:count],
-        )
+        todo, spare = able[:count], able[count:]
+        owner, write_id = f"{self.index.process}.{next(self.index.claims)}", None
         try:
             await self.index.evict(key, self.index.look(key).owner)
             write_id = await self.index.do(Row.claim, key, owner, todo, time.time(), old)
             path = key2path(key, write_id)
-            statuses, size, md5 = await self.volumes.write(path, todo, body)
+            statuses, size, digest = await self.volumes.write(path, todo, body)
             self.counters["received_bytes_total"] += size
-            require(size, 411, "a value has at least one byte")
-            digest, right = md5.hex(), {"", md5.hex(), base64.b64encode(md5).decode()}
+            require(size or old.size == 0, 411, "a value has at least one byte")
+            right = {"", digest.hex(), base64.b64encode(digest).decode()}
             status = 503 if old.replicas else 400  # the replica is rotten, or the client is wrong
-            require({given, given.lower()} & right, status, f"MD5 does not match: {digest}")
+            require({md5, md5.lower()} & right, status, f"MD5 does not match: {digest.hex()}")
             made = [place for place in todo if statuses[place] == 201]
-            for place in able[count:]:
+            for place in spare:
                 if 0 < len(made) < count:
                     logging.warning("%r has a stand-in at %s", key.decode(), place)
                     await self.index.do(Row.extend, key, owner, Replica(place, write_id))
                     copy = self.volumes.read(random.choice(made), path)
                     with contextlib.suppress(HTTPError):  # the next one may do
                         copied, _, same = await self.volumes.write(path, [place], copy)
-                        made += [place] if copied[place] == 201 and same == md5 else []
+                        made += [place] if copied[place] == 201 and same == digest else []
             require(len(made) == count, 503, f"{count} replicas cannot be made: {statuses}")
-            files = tuple(Replica(place, write_id) for place in made)
-            record = Record(files, size, write_id, digest if self.flags.md5sum else "", old.deleted)
+            files = (*keep, *(Replica(place, write_id) for place in made))
+            files = tuple(sorted(files, key=lambda file: self.ranking(key).index(file.location)))
+            record = Record(files, size, write_id, digest.hex() * self.flags.md5sum, old.deleted)
             before = await self.index.do(Row.commit, key, owner, record, old)
         except BaseException:  # after any commit queued before it: no record names what it lists
             listed = await self.index.do(Row.settle, key, owner, ())
@@ -659,29 +658,32 @@ class Store:  # an index, volumes, and the flags that say how to use them
 
     async def examine(self, key: bytes, record: Record, deep: bool) -> dict[Replica, str]:
         """What is wrong with each replica: "", missing, size, md5 (if deep), or unreachable."""
-        wrong = {}
+        wrong, sums = {}, {}
         for file, (status, size) in (await self.ask("HEAD", key, record.replicas)).items():
             same = "" if record.size in (size, None) else "size"
             wrong[file] = {200: same, 404: "missing"}.get(status, "unreachable")
-            if deep and record.hash and not wrong[file]:
+            if deep and not wrong[file]:
                 wrong[file] = "unreachable"
                 with contextlib.suppress(HTTPError):
                     body = self.volumes.read(file.location, key2path(key, file.write_id))
-                    *_, md5 = await self.volumes.write("", [], body)  # nowhere
-                    wrong[file] = "md5" * (md5.hex() != record.hash)
-        return wrong
+                    *_, sums[file] = await self.volumes.write("", [], body)  # nowhere
+                    wrong[file] = ""
+        right = {bytes.fromhex(record.hash)} if record.hash else {*sums.values()}
+        return wrong | {file: "md5" for file, md5 in sums.items() if {md5} != right}
 
     async def rebalance(self, key: bytes, deep: bool = False) -> bytes:
         """204: the best volumes that work have the value, whole, and no others. 404, 409, 503."""
         old, count = self.index.look(key).record, self.flags.replicas
         require(old.replicas, 404, "no such key")
-        good = {p: i for (p, i), bad in (await self.examine(key, old, deep)).items() if not bad}
+        wrong = await self.examine(key, old, deep)
+        good = {place: write_id for (place, write_id), finding in wrong.items() if not finding}
         home = [p for p in self.ranking(key) if p in good or self.volumes.takes(p)][:count]
         require(good and len(home) == count, 503, "too few volumes can be reached")
-        if list(good) != home:
+        if [place for place, _ in wrong] != home or any(wrong.values()):
             place, write_id = random.choice(list(good.items()))
+            keep = [Replica(p, good[p]) for p in home if p in good and old.write_id]
             body = self.volumes.read(place, key2path(key, write_id))
-            await self.put(key, old.size, old.hash, body, old)
+            await self.put(key, None, old.hash, body, old, keep)
         return response(204)
 
     async def erase(self, key: bytes, replicas: Sequence[Replica], proof: Sequence[int]) -> int:
@@ -732,7 +734,7 @@ class Store:  # an index, volumes, and the flags that say how to use them
         values |= {"volumes": len(volumes), "volumes_up": len(volumes - set(self.volumes.down))}
         return "".join(f"mkv_{n} {v}\n" for n, v in (values | self.counters).items()).encode()
 
-    async def sweep(self) -> None:
+    async def sweep(self, thorough: bool = False) -> None:
         """Delete garbage older than `grace`, the older the more seldom; evict owners that are dead.
         Until `settle` has passed, 404 does not prove a file gone: a late PUT may still land."""
         now, left = time.time(), 0
@@ -743,7 +745,7 @@ class Store:  # an index, volumes, and the flags that say how to use them
                 age = now - row.since
                 if age >= self.flags.grace and not row.owner:
                     left += (n := len(row.replicas))
-                    if random.random() * (age - self.flags.grace) < 8 * self.pause:
+                    if thorough or random.random() * (age - self.flags.grace) < 8 * self.pause:
                         proof = (204, 404) if age > self.flags.settle else (204,)
                         work.append(self.erase(key, random.sample(row.replicas, min(n, 32)), proof))
             left -= sum(await asyncio.gather(*work))
@@ -757,9 +759,8 @@ class Store:  # an index, volumes, and the flags that say how to use them
         now = time.monotonic()
         self.counters["event_loop_lag_seconds"] = max(0.0, now - self.ticked - TICK)
         self.ticked = now
-        for place, (due, _) in self.volumes.down.items():
-            if due <= now and "/" not in place:  # a location is tried by the next PUT
-                self.volumes.probe(place)
+        for place in [p for p, (t, _) in self.volumes.down.items() if t <= now and "/" not in p]:
+            self.volumes.probe(place)  # a location is tried by the next PUT
 
 
 async def every(seconds: float, job: Callable) -> None:  # for at most a fifth of the time
@@ -776,7 +777,7 @@ async def every(seconds: float, job: Callable) -> None:  # for at most a fifth o
 
 
 class Maintenance(Store):  # one run of a command
-    done, total, found, terminal = 0, 0, Counter(), sys.stderr.isatty()
+    done, total, found, pace = 0, 0, Counter(), 0.2 if sys.stderr.isatty() else 10
 
     def report(self, finding: str, key: bytes = b"", file: Any = None, **more: Any) -> None:
         self.found[finding] += 1
@@ -786,25 +787,25 @@ class Maintenance(Store):  # one run of a command
     async def progress(self) -> None:  # on a terminal always in the same line
         rate, todo = max(0.1, self.done / (time.monotonic() - self.began)), self.total - self.done
         text = f"{self.done} of {self.total}, {rate:.0f}/s, {todo / rate:.0f} s left"
-        print(text, dict(self.found), end=" \r" if self.terminal else "\n", file=sys.stderr)
+        print(text, dict(self.found), end=" \r" if self.pace < 1 else "\n", file=sys.stderr)
 
     async def run(self) -> int:
         """Do it. 0: all is well, 1: there are findings, 2: not all of it could be done."""
         self.began, command = time.monotonic(), self.flags.command
-        jobs = (TICK, self.tick), (0.2 if self.terminal else 10, self.progress)
-        _tasks = [asyncio.create_task(every(*job)) for job in jobs]
+        jobs = (TICK, self.tick), (self.pace, self.progress), (self.pause, self.sweep)
+        _tasks = [asyncio.create_task(every(*job)) for job in jobs[: 2 + (command == "rebalance")]]
         try:
             if command != "rebuild":
                 await self.for_keys(self.check if command == "verify" else self.move)
             if command == "rebalance":  # what was replaced goes when its readers have left
                 await asyncio.sleep(self.flags.grace * bool(self.index.count()[1]))
-                await self.sweep()
+                await self.sweep(thorough=True)
             else:
                 await self.for_files(self.identify if command == "verify" else self.adopt)
         except (HTTPError, asyncio.CancelledError) as error:  # the latter by Ctrl-C
             self.report("unfinished", reason=str(error))
         print(f"{command}: {self.done} of {self.total}, {dict(self.found)}", file=sys.stderr)
-        return 2 if self.found["unfinished"] else 1 if self.found else 0
+        return 2 if self.found["unfinished"] + self.found["unreachable"] else 1 if self.found else 0
 
     async def for_keys(self, job: Callable) -> None:
         """Run job(key, record) for all keys, 16 at a time."""
@@ -822,16 +823,16 @@ class Maintenance(Store):  # one run of a command
         self.keep = self.flags.adopt_garbage or self.index.count()[0] > 0
         self.total += 256
         drives = [f"/sv{n:02X}" for n in range(self.flags.subvolumes) if self.flags.subvolumes > 1]
-        places = [volume + drive for volume in self.flags.volumes for drive in ("", *drives)]
-        for place in list(places):
+        self.places = [volume + drive for volume in self.flags.volumes for drive in ("", *drives)]
+        for place in list(self.places):
             try:
                 await self.descend(place, "/", job)
             except HTTPError as error:
                 require(self.flags.partial, 503, error.reason)
                 self.report("unreachable", location=place, reason=error.reason)
-                places.remove(place)
+                self.places.remove(place)
         for folder in map("/{:02x}/".format, range(256)):
-            await asyncio.gather(*(self.descend(place, folder, job) for place in places))
+            await asyncio.gather(*(self.descend(place, folder, job) for place in self.places))
             self.done += 1
 
     async def descend(self, place: str, folder: str, job: Callable) -> None:
@@ -842,15 +843,16 @@ class Maintenance(Store):  # one run of a command
         require(status in (200, 404), 503, f"{place}{folder} cannot be listed: {status}")
         for row in rows:
             path = folder + row["name"]
-            if row["type"] == "directory" and folder != "/":
+            known = place + path in self.places or re.fullmatch(r"/([\da-f]{2}|lost\+found)", path)
+            if row["type"] == "directory" and folder != "/" and "\ufffd" not in path:
                 await self.descend(place, path + "/", job)
-            elif not re.fullmatch(r"/([0-9a-f]{2}|sv[0-9A-F]{2}|lost\+found)", path):
+            elif not known:
                 try:
-                    key, write_id = path2key(path)
-                except ValueError:
+                    key, write_id, size = *path2key(path), row["size"]
+                except (KeyError, ValueError):
                     self.report("name", location=place, path=path)
                 else:
-                    await job(key, Replica(place, write_id), row["size"])
+                    await job(key, Replica(place, write_id), size)
 
     async def adopt(self, key: bytes, file: Replica, size: int) -> None:  # into the index
         for old in await self.index.do(Row.adopt, key, file, size, self.ranking(key), self.keep):
@@ -859,7 +861,7 @@ class Maintenance(Store):  # one run of a command
     async def identify(self, key: bytes, file: Replica, _: int) -> None:  # report what nobody knows
         row = self.index.look(key)
         known = file in row.replicas + row.record.replicas
-        if not known and (await self.ask("HEAD", key, [file]))[file][0] == 200:
+        if not known and (await self.ask("HEAD", key, [file]))[file][0] != 404:
             self.report("unknown", key, file)
 
     async def check(self, key: bytes, record: Record) -> None:  # report what is wrong with a key
@@ -876,9 +878,10 @@ class Maintenance(Store):  # one run of a command
         try:
             await self.rebalance(key, deep or self.flags.deep)
         except HTTPError as error:
-            if not deep:  # it may have met a rotten replica
-                await self.move(key, record, True)
-            elif self.index.look(key).record.replicas:  # not deleted meanwhile
+            now, rotten = self.index.look(key).record, "MD5" in error.reason and not deep
+            if now != record or rotten:  # it has changed meanwhile, or a replica: once more
+                await self.move(key, now, deep or rotten)
+            elif now.replicas:
                 self.report("failed", key, reason=error.reason)
 
 
@@ -954,18 +957,16 @@ async def serve(store: Store, listener: socket.socket) -> None:
     queue, opened = listener.dup(), lambda *streams: Connection(store, *streams).converse()
     server = await asyncio.start_server(opened, sock=listener, limit=MAX_HEAD, backlog=4096)
     jobs = every(store.pause, store.sweep), every(TICK, store.tick), stop.wait()
-    done, _ = await asyncio.wait(map(asyncio.create_task, jobs), return_when="FIRST_COMPLETED")
-    await asyncio.gather(*done)  # raises what ended a job
+    await next(asyncio.as_completed(jobs))  # raises what ended a job
     server.close()
     store.draining, began = True, time.monotonic()
     with queue, contextlib.suppress(BlockingIOError):
         while time.monotonic() < began + DRAIN_TIME:
             asyncio.create_task(opened(*await asyncio.open_connection(sock=queue.accept()[0])))
-    while store.connections:
+    while await asyncio.sleep(0.02, store.connections):  # those just accepted, too
         for connection in list(store.connections):  # an idle one has a second to ask once more
             if time.monotonic() - began > (DRAIN_TIME if connection.busy else 1):
                 connection.writer.transport.abort()
-        await asyncio.sleep(0.02)
 
 
 def main() -> None:
@@ -979,7 +980,8 @@ def main() -> None:
         again = [sys.executable, *sys.argv, "-bind", flags.bind, "-volumes", names]
         os.execv(script, [script, "demo", at, *again])
     try:
-        require(flags.db.exists() or flags.command in ("server", "rebuild"), 404, "no index there")
+        found = flags.command in ("server", "rebuild") or (flags.db / "data.mdb").exists()
+        require(found, 404, "no index there")
         index = Index(flags.db)
         require(flags.command != "rebuild" or index.take("0", 0), 503, "another process uses it")
         listener, _lock = listen(flags) if flags.command == "server" else (None, None)
@@ -989,7 +991,7 @@ def main() -> None:
         print(f"mkv is at {at}, its index in {flags.db}, its volumes at {names}", flush=True)
     command = serve(Store(flags, index), listener) if listener else Maintenance(flags, index).run()
     status = uvloop.run(command)
-    index.close()
+    index.commit(index.kept + index.queue)  # what nobody waits for
     sys.exit(status)
 
 

@@ -212,6 +212,20 @@ with lmdb.open(path, map_size=1 << 40, max_dbs=2, sync=False) as env:
     env.sync(True)
 """
 
+# Arguments: folder of the volumes, number of keys, volumes. Makes the files of so many keys.
+FILES = """
+import mkv, pathlib, sys
+folder, count, volumes = pathlib.Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3].split(",")
+names = dict(zip(volumes, ("larry", "moe", "curly")))
+for key in (b"/key-%08d" % n for n in range(count)):
+    for location in mkv.key2volume(key, volumes, 3, 10):
+        volume, _, drive = location.partition("/")
+        path = mkv.key2path(key, "6000000000000000")
+        file = folder / names[volume] / (drive + path)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(b"x" * 100)
+"""
+
 # Argument: folder of the index. Prints the seconds that reading all keys takes.
 WALK = """
 import collections, lmdb, sys, time
@@ -332,10 +346,11 @@ class Scale(NamedTuple):
     many: int = 64  # MiB of each of sixteen
     listed: int = 1_000_000  # keys
     keys: int = 10_000_000
+    moved: int = 100_000  # keys
     growth: int = 30  # seconds
 
 
-QUICK = Scale(1, 1, 1000, 64, 16, 100_000, 1_000_000, 5)
+QUICK = Scale(1, 1, 1000, 64, 16, 100_000, 1_000_000, 2000, 5)
 
 RANDOM_KEYS = """
 local threads = 0
@@ -458,6 +473,23 @@ def keys_rows(scale: Scale) -> Rows:
     yield name, f"{rate:,.0f}/s", stick_text, rate / stick, "at least 0.85"
 
 
+def command_rows(scale: Scale) -> Rows:
+    """CPU time of a rebuild, a verify, and a rebalance that moves most keys to other drives."""
+    with system() as mkv:
+        volumes = ",".join(mkv.volumes)
+        output(sys.executable, "-c", FILES, mkv.folder, scale.moved, volumes)
+        settings = ("-volumes", volumes, "-db", mkv.folder / "commands", "-grace", "0")
+        for command, *flags in (("rebuild",), ("verify",), ("rebalance", "-subvolumes", 5)):
+            before = time.perf_counter(), cpu(*mkv.volume_pids), sum(os.times()[2:4])
+            output(sys.executable, HERE / "mkv.py", command, *settings, *flags)
+            after = time.perf_counter(), cpu(*mkv.volume_pids), sum(os.times()[2:4])  # of children
+            took, nginx, spent = (end - begin for begin, end in zip(before, after, strict=True))
+            measured = f"{scale.moved / took:,.0f} keys/s, {spent:.1f} s CPU"
+            stick = f"three volumes: {nginx:.1f} s CPU"
+            name = f"{command} of {scale.moved:,} keys × 3 replicas"
+            yield name, measured, stick, spent / nginx, "at most 1"
+
+
 def growth_rows(scale: Scale) -> Rows:
     """What a server holds after a while of write/read/delete, and before that, but warmed up."""
 
@@ -477,7 +509,7 @@ def growth_rows(scale: Scale) -> Rows:
     yield name, measured, f"at the start: {stick}", max(later_files / files, later_mib / mib), "1.0"
 
 
-GROUPS = (get_rows, cycle_rows, put_rows, list_rows, keys_rows, growth_rows)
+GROUPS = (get_rows, cycle_rows, put_rows, list_rows, keys_rows, command_rows, growth_rows)
 ROWS = {group.__name__.removesuffix("_rows"): group for group in GROUPS}
 
 

@@ -12,7 +12,7 @@ if [ "${1:-}" = demo ]; then
   set -m  # process groups of their own: Ctrl-C comes to this script alone
   volumes=() server=
   trap 'kill "${volumes[@]}" 2>/dev/null || true; wait' EXIT
-  trap 'kill $server 2>/dev/null || exit 0' INT TERM
+  trap 'kill $server 2>/dev/null || exit 0' HUP INT TERM
   for port in 3001 3002 3003; do
     HOST=127.0.0.1 PORT=$port "$0" "mkv-data/volume$port" &
     volumes+=($!)  # nginx will have this pid, and write it when it listens
