@@ -61,7 +61,7 @@ def require(condition: Any, status: int, reason: str, fields: str = "") -> None:
 # "host:port/svXX"; a write id is 16 hex digits: 8 of seconds since 1970, 8 that tell writers apart.
 
 
-@functools.lru_cache(1 << 14)
+@functools.lru_cache(1 << 12)
 def key2path(key: bytes, write_id: str = "") -> str:
     """The path of a key's file: two bytes of its md5, its base64, and its write id, if any."""
     digest, name = hashlib.md5(key).hexdigest(), base64.b64encode(key).decode()
@@ -109,7 +109,7 @@ class Record(NamedTuple):
         return f"{mark}{','.join(files)}{size}".encode()
 
 
-@functools.lru_cache(1 << 14)
+@functools.lru_cache(1 << 12)
 def parse_record(text: bytes) -> Record:  # the inverse of Record.text(). 500
     match = RECORD.fullmatch(text.decode(errors="replace"))
     require(match, 500, f"unreadable record: {text!r}")
@@ -572,7 +572,7 @@ class Store:  # an index, volumes, and the flags that say how to use them
     def __init__(self, flags: argparse.Namespace, index: Index) -> None:
         self.flags, self.index, self.volumes = flags, index, Volumes(flags.voltimeout)
         self.connections, self.draining, self.counters = set(), False, Counter()  # for Prometheus
-        rank = functools.lru_cache(1 << 14)(key2volume)
+        rank = functools.lru_cache(1 << 12)(key2volume)
         self.ranking = lambda key: rank(key, flags.volumes, 256, flags.subvolumes)
         self.pause, self.ticked = min(5.0, flags.grace / 2 + 0.05), time.monotonic()  # of sweep()
 
