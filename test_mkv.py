@@ -5341,10 +5341,10 @@ class Command(Server):
 
 
 def run(system: Cluster, name: str, *flags: str, status: int = 0) -> Command:
-    """A command from start to end, with this exit status; at last it sums up what it did."""
+    """A command from start to end, with this exit status; it sums up what it did."""
     command = Command(system, name, *flags).wait()
     assert command.status == status, command
-    assert re.match(rf"{name}: .*\d", command.said.splitlines()[-1]), command
+    assert re.search(rf"^{name}: \d+ of \d+, ", command.said, re.MULTILINE), command
     return command
 
 
