@@ -131,16 +131,14 @@ class Row(NamedTuple):  # a key in both tables; each operation returns the new r
     since: float  # seconds since 1970: when the last owner went, or the last replica came
     replicas: tuple[Replica, ...]  # in the journal
 
-    def claim(self, owner: str, where: Sequence[str], now: float, old: Record) -> tuple:
-        """Lock a key, list files to be made: their write id, the newest or as `old`. 409, 403."""
+    def claim(self, owner: str, where: list, now: float, old: Record, keep: Any = ()) -> tuple:
+        """Lock a key, list files to be made: their write id, newer than all, or as what is kept."""
         live = self.record.replicas and not self.record.deleted
         require(not self.owner, 409, "another PUT or REBALANCE of this key is under way")
         require(old.replicas or not live, 403, "key exists: DELETE it first")
         newest = max((r.write_id for r in self.replicas + self.record.replicas), default="")
-        seconds = max(int(now), 1 + int("0" + newest[:8], 16))
-        write_id = (old.write_id or f"{seconds:08x}")[:8] + hashlib.md5(owner.encode()).hexdigest()[
-            :8
-        ]
+        age = old.write_id[:8] if keep else f"{max(int(now), 1 + int('0' + newest[:8], 16)):08x}"
+        write_id = age + hashlib.md5(owner.encode()).hexdigest()[:8]
         made = tuple(Replica(location, write_id) for location in where)
         return self._replace(owner=owner, replicas=self.replicas + made), write_id
 
@@ -627,7 +625,7 @@ class Store:  # an index, volumes, and the flags that say how to use them
         owner, write_id = f"{self.index.process}.{next(self.index.claims)}", None
         try:
             await self.index.evict(key, self.index.look(key).owner)
-            write_id = await self.index.do(Row.claim, key, owner, todo, time.time(), old)
+            write_id = await self.index.do(Row.claim, key, owner, todo, time.time(), old, keep)
             path = key2path(key, write_id)
             statuses, size, digest = await self.volumes.write(path, todo, body)
             self.counters["received_bytes_total"] += size
@@ -647,7 +645,8 @@ class Store:  # an index, volumes, and the flags that say how to use them
             require(len(made) == count, 503, f"{count} replicas cannot be made: {statuses}")
             files = (*keep, *(Replica(place, write_id) for place in made))
             files = tuple(sorted(files, key=lambda file: self.ranking(key).index(file.location)))
-            record = Record(files, size, write_id, digest.hex() * self.flags.md5sum, old.deleted)
+            known = digest.hex() if self.flags.md5sum and (old.hash or not keep) else ""
+            record = Record(files, size, write_id, known, old.deleted)
             before = await self.index.do(Row.commit, key, owner, record, old)
         except BaseException:  # after any commit queued before it: no record names what it lists
             listed = await self.index.do(Row.settle, key, owner, ())
@@ -681,7 +680,8 @@ class Store:  # an index, volumes, and the flags that say how to use them
         require(good and len(home) == count, 503, "too few volumes can be reached")
         if [place for place, _ in wrong] != home or any(wrong.values()):
             place, write_id = random.choice(list(good.items()))
-            keep = [Replica(p, good[p]) for p in home if p in good and old.write_id]
+            anew = not old.write_id or {"size", "md5"} & {*wrong.values()}  # newer than the rotten
+            keep = [Replica(p, good[p]) for p in home if p in good and not anew]
             body = self.volumes.read(place, key2path(key, write_id))
             await self.put(key, None, old.hash, body, old, keep)
         return response(204)
@@ -870,15 +870,14 @@ class Maintenance(Store):  # one run of a command
             for file, finding in wrong.items():
                 if finding:
                     self.report(finding, key, file)
-            kept = [finding for finding in wrong.values() if finding in ("", "unreachable")]
-            if len(kept) < self.flags.replicas:
+            if sum(f in ("", "unreachable") for f in wrong.values()) < self.flags.replicas:
                 self.report("under-replicated", key)
 
     async def move(self, key: bytes, record: Record, deep: bool = False) -> None:  # home
         try:
             await self.rebalance(key, deep or self.flags.deep)
         except HTTPError as error:
-            now, rotten = self.index.look(key).record, "MD5" in error.reason and not deep
+            now, rotten = self.index.look(key).record, not deep and "few" not in error.reason
             if now != record or rotten:  # it has changed meanwhile, or a replica: once more
                 await self.move(key, now, deep or rotten)
             elif now.replicas:

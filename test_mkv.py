@@ -6022,6 +6022,55 @@ def test_without_md5_a_deep_rebalance_spreads_no_rot_and_says_so(cluster: Make) 
     assert sorted(copies(system, "/bent").values()).count(values["/bent"]) == 2
 
 
+@pytest.mark.parametrize("hurt", [spoil, lambda file: file.write_bytes(file.read_bytes() + b"x")])
+def test_what_was_repaired_is_newer_than_what_was_rotten_to_a_later_rebuild(
+    cluster: Make, hurt: Callable[[Path], Any]
+) -> None:
+    kept = "-grace", "1h"  # what was rotten is still there
+    system = cluster(*kept)
+    values = values_of(f"/k{n}" for n in range(8))
+    store_all(system, values)
+    for name in values:
+        hurt(files_of(system, name)[1][2])
+    assert system.server.stop() == 0
+    command = Command(system, "rebalance", "-deep", *kept)
+    until(lambda: system.journal_is_empty() is False and len(system.tables()[1]) == len(values))
+    until(lambda: not owned(system))
+    command.kill()
+    without_index(system)
+    assert run(system, "rebuild", status=1).kinds() == {"garbage"}
+    assert run(system, "verify", "-deep", status=1).kinds() == {"unknown"}
+    system.server.start()
+    assert_values(system, values)
+
+
+def test_a_rotten_copy_gives_no_md5_to_a_record_that_had_none(cluster: Make) -> None:
+    system = cluster("-md5sum", "false")
+    values = values_of(f"/k{n}" for n in range(8))
+    store_all(system, values)
+    for name in values:
+        (_, _, rotten), (_, _, missing), _ = files_of(system, name)
+        spoil(rotten)
+        missing.unlink()
+    assert run(system, "rebalance").findings == []
+    assert run(system, "rebalance", "-deep", status=1).kinds() == {"failed"}
+    for name, value in values.items():
+        assert value in copies(system, name).values()
+
+
+def test_a_move_to_a_volume_that_turns_out_dead_goes_to_the_next(cluster: Make) -> None:
+    system = cluster("-replicas", "2", volumes=2)
+    values = values_of(f"/k{n}" for n in range(12))
+    store_all(system, values)
+    grow(system, 3)
+    for volume in system.volumes[2:4]:
+        volume.kill()
+    done = run(system, "rebalance", "-replicas", "3", status=1)
+    assert done.kinds() == {"unbalanced"}
+    assert {len(record.replicas) for record in system.tables()[0].values()} == {3}
+    assert_values(system, values)
+
+
 def test_a_volume_that_was_lost_leaves_the_records_when_fewer_replicas_are_wanted(
     cluster: Make,
 ) -> None:
