@@ -961,7 +961,8 @@ async def serve(store: Store, listener: socket.socket) -> None:
     store.draining, began = True, time.monotonic()
     with queue, contextlib.suppress(BlockingIOError):
         while time.monotonic() < began + DRAIN_TIME:
-            asyncio.create_task(opened(*await asyncio.open_connection(sock=queue.accept()[0])))
+            streams = await asyncio.open_connection(sock=queue.accept()[0], limit=MAX_HEAD)
+            asyncio.create_task(opened(*streams))
     while await asyncio.sleep(0.02, store.connections):  # those just accepted, too
         for connection in list(store.connections):  # an idle one has a second to ask once more
             if time.monotonic() - began > (DRAIN_TIME if connection.busy else 1):
