@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 # /// script
 # requires-python = ">=3.11"
 # dependencies = ["uvloop", "lmdb>=3,<4"]
@@ -16,7 +15,6 @@ import contextlib
 import fcntl
 import functools
 import hashlib
-import itertools
 import json
 import logging
 import os
@@ -29,6 +27,7 @@ import time
 from collections import Counter, defaultdict, namedtuple
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from http import HTTPStatus
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import parse_qs, quote, unquote_to_bytes
@@ -40,8 +39,9 @@ MAX_KEY, MAX_HEAD, MAX_FIELDS = 511, 16384, 100  # bytes: LMDB's limit; twice ng
 HEAD_TIME, IDLE_TIME, LINGER_TIME = 10, 60, 5  # seconds for a head, between two, after the last
 BODY_TIME, BODY_RATE = 60, 1024  # seconds for which a body may bring fewer bytes a second than that
 READ_AHEAD, WRITE_AHEAD = 1 << 18, 1 << 20  # bytes held for a reader, or a volume, before a pause
-TICK, DRAIN_TIME = 0.2, 10  # seconds between two rounds of tick(); that SIGTERM leaves to work
+TICK, DRAIN_TIME, LOGIN_TIME = 0.2, 10, 60  # seconds between tick()s; SIGTERM leaves; a login holds
 METHODS = "GET", "HEAD", "PUT", "DELETE", "UNLINK", "REBALANCE"
+DEMO = "127.0.0.1:3001", "127.0.0.1:3002", "127.0.0.1:3003"  # volumes of its own
 Pieces = AsyncIterator[bytes]  # a value on its way
 
 
@@ -59,8 +59,6 @@ def require(condition: Any, status: int, reason: str, fields: str = "") -> None:
 # --- placement ------------------------------------------------------------------------------------
 # Where a key's files lie, in minikeyvalue's layout. Pure. A location is "host:port" (a volume) or
 # "host:port/svXX"; a write id is 16 hex digits: 8 of seconds since 1970, 8 that tell writers apart.
-
-
 @functools.lru_cache(1 << 12)
 def key2path(key: bytes, write_id: str = "") -> str:
     """The path of a key's file: two bytes of its md5, its base64, and its write id, if any."""
@@ -123,8 +121,6 @@ def parse_record(text: bytes) -> Record:  # the inverse of Record.text(). 500
 # Two LMDB tables. keys: key → record. journal: key → owner, since, files that may exist and that no
 # record names: an owner is making them (the lock on the key), or they are garbage. An operation is
 # a function of row and plain arguments, without clock or chance; it is answered when on disk.
-
-
 class Row(NamedTuple):  # a key in both tables; each operation returns the new row, and an answer
     record: Record  # empty if there is none
     owner: str  # of the claim, if there is one
@@ -134,7 +130,7 @@ class Row(NamedTuple):  # a key in both tables; each operation returns the new r
     def claim(self, owner: str, where: list, now: float, old: Record, keep: Any = ()) -> tuple:
         """Lock a key, list files to be made: their write id, newer than all, or as what is kept."""
         live = self.record.replicas and not self.record.deleted
-        require(not self.owner, 409, "another PUT or REBALANCE of this key is under way")
+        require(self.owner == "", 409, "another PUT or REBALANCE of this key is under way")
         require(old.replicas or not live, 403, "key exists: DELETE it first")
         newest = max((r.write_id for r in self.replicas + self.record.replicas), default="")
         age = old.write_id[:8] if keep else f"{max(int(now), 1 + int('0' + newest[:8], 16)):08x}"
@@ -188,19 +184,18 @@ class Index:
         self.env = lmdb.open(str(path), map_size=1 << 40, max_dbs=2, max_readers=4096)
         self.keys, self.journal = self.env.open_db(b"keys"), self.env.open_db(b"journal")
         self.queue, self.kept, self.flushing = [], [], None  # jobs; those to be tried again; a task
-        self.alive, self.claims = (path / "alive").open("a+"), itertools.count(1)
+        self.alive, self.claims = (path / "alive").open("a+"), iter(range(1, 1 << 62))
         self.process = os.urandom(7).hex()
         require(self.take(self.process), 503, "a rebuild is under way")
 
-    def take(self, process: str, count: int = 1) -> bool:  # a lock, for good; shared by evictors
-        how = fcntl.LOCK_EX if process in ("0", self.process) else fcntl.LOCK_SH
-        with contextlib.suppress(BlockingIOError):  # False if it lives; count 0: all others
-            fcntl.lockf(self.alive, how | fcntl.LOCK_NB, count, int(process[:14], 16))
+    def take(self, name: str, count: int = 1, how: int = fcntl.LOCK_EX) -> bool:  # a lock, for good
+        with contextlib.suppress(BlockingIOError):  # False: another process has it
+            fcntl.lockf(self.alive, how | fcntl.LOCK_NB, count, int(name[:14], 16))
             return True
         return False
 
     async def evict(self, key: bytes, owner: str) -> None:  # a claim whose process is dead
-        if owner and not owner.startswith(self.process) and self.take(owner.split(".")[0]):
+        if owner and not owner.startswith(self.process) and self.take(owner, how=fcntl.LOCK_SH):
             await self.do(Row.settle, key, owner, ())
 
     def look(self, key: bytes, txn: lmdb.Transaction | None = None) -> Row:
@@ -213,13 +208,12 @@ class Index:
     def count(self) -> tuple[int, int]:  # of keys and journal entries
         return tuple(self.env.begin().stat(t)["entries"] for t in (self.keys, self.journal))
 
-    def walk(self, table: Any, start: bytes | None = b"", count: int = 1000) -> Iterator[list]:
+    def walk(self, table: Any, start: bytes | None = b"", size: int = 1000) -> Iterator[list]:
         """Rows from `start` on, in batches; no snapshot outlasts one, or it would pin pages."""
         while start is not None:
             with self.env.begin(table) as txn, txn.cursor() as cursor:
-                found = cursor.set_range(start)
-                rows = list(itertools.islice(cursor.iternext(), count + 1)) if found else []
-            start = rows.pop()[0] if len(rows) > count else None
+                rows = list(islice(cursor.iternext(), size + 1)) if cursor.set_range(start) else []
+            start = rows.pop()[0] if len(rows) > size else None
             yield rows
 
     def do(self, operation: Callable, key: bytes, *args: Any) -> asyncio.Future:
@@ -256,15 +250,13 @@ class Index:
             new, answer = operation(old, *args)
         except ValueError as error:  # it refuses, or cannot read what is there
             return error
-        if new.record != old.record:
-            txn.put(key, new.record.text(), db=self.keys)
-        if not new.record.replicas:
-            txn.delete(key, db=self.keys)
         fresh = (old.owner and not new.owner) or not set(new.replicas) <= set(old.replicas)
-        text = f"{new.owner} {now if fresh else old.since!r} ".encode()
-        txn.put(key, text + Record(new.replicas).text(), db=self.journal)
-        if not new.owner and not new.replicas:
-            txn.delete(key, db=self.journal)
+        entry = f"{new.owner} {now if fresh else old.since!r} ".encode()
+        entry = (new.owner or new.replicas) and entry + Record(new.replicas).text()
+        txn.put(key, entry, db=self.journal) if entry else txn.delete(key, db=self.journal)
+        record = new.record.replicas and new.record.text()
+        if new.record != old.record:
+            txn.put(key, record, db=self.keys) if record else txn.delete(key, db=self.keys)
         return answer
 
 
@@ -280,6 +272,7 @@ FIELD = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([\t\x20-\x7e\x80-\xff
 CHUNK = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?\r\n")
 TEXT = "Content-Type: text/plain; charset=utf-8\r\n"
 ALLOW = f"Allow: {', '.join(METHODS)}\r\n"
+DEMAND = 'WWW-Authenticate: Basic realm="mkv", charset="UTF-8"\r\n'
 STREAM = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n\r\n"
 # Path and query (None: no "?") are as sent. length of the body, None: chunked. waits: for a 100.
 Request = namedtuple("Request", "method path query fields length waits close")
@@ -361,17 +354,17 @@ async def read_body(reader: Any, length: int | None, seconds: float, asked: Any 
 
 class Connection:  # of a client: its requests are answered one after the other
     def __init__(self, store: Any, reader: asyncio.StreamReader, writer: Any) -> None:
-        self.store, self.reader, self.writer = store, reader, writer
+        self.store, self.reader, self.writer, self.closing = store, reader, writer, False
         writer.transport.set_write_buffer_limits(0)  # drain() waits until all is sent
-        self.busy, self.closing = False, False  # with a request; after the last answer
 
     async def converse(self) -> None:
-        self.store.connections.add(self)
+        full = len(self.store.connections) >= self.store.flags.maxconns
+        self.store.connections |= set() if full else {self}
         try:
             while not self.closing:
-                await self.serve()
+                await self.serve(full)
             self.writer.write_eof()  # close() at once would reset the answer away
-            async with asyncio.timeout(LINGER_TIME):
+            async with asyncio.timeout(TICK if full else LINGER_TIME):
                 while await self.reader.read(READ_AHEAD):
                     pass
             self.writer.close()
@@ -380,16 +373,17 @@ class Connection:  # of a client: its requests are answered one after the other
         finally:
             self.store.connections.discard(self)
 
-    async def serve(self) -> None:
+    async def serve(self, full: bool) -> None:
         """Answer a request. EOFError, OSError when the client is idle or does not take it."""
         method, path, close, rest, self.busy = "-", b"-", True, (), False
         async with asyncio.timeout(IDLE_TIME):
             await self.writer.drain()
-            first, began = await self.reader.read(1), time.monotonic()
+            first, began = full or await self.reader.read(1), time.monotonic()
         self.busy, self.closing = bool(first), not first
         if self.closing:
             return
         try:
+            require(not full, 503, "too many connections: see -maxconns")
             async with asyncio.timeout(HEAD_TIME):
                 request = parse_request(first + await self.reader.readuntil(b"\r\n\r\n"))
             path, close = request.path, request.close or request.length != 0
@@ -422,25 +416,25 @@ class Connection:  # of a client: its requests are answered one after the other
 # --- volumes --------------------------------------------------------------------------------------
 # The client of the volumes: pooled connections, trust in locations that have answered, a list of
 # what is down. To request(), that a volume does not answer is no exception, but status 0.
-
-
 class Volumes:  # what is known of them; a location that answers is trusted for `timeout` seconds
-    def __init__(self, timeout: float) -> None:
-        self.timeout, self.patience = timeout, timeout or 1.0
+    def __init__(self, flags: argparse.Namespace) -> None:
+        self.timeout, self.patience = flags.voltimeout, flags.voltimeout or 1.0
+        basic = base64.b64encode(flags.userpass.encode()).decode()
+        self.login = f"Authorization: Basic {basic}\r\n" if basic else ""
+        self.secret, self.expiry = os.environ.get("MKV_SECRET", ""), flags.expiry
         self.idle: dict[str, list] = defaultdict(list)  # (reader, writer) of connections, by volume
         self.trusted: dict[str, float] = {}  # location → until when (monotonic)
         self.down: dict[str, tuple] = {}  # volume, or location + "/" for PUT → next try, pause
         self.probes: dict[str, asyncio.Task] = {}  # under way, by location
 
-    def distrust(self, volume: str) -> None:  # ask all its locations before the next redirect
-        self.trusted = {p: t for p, t in self.trusted.items() if p.partition("/")[0] != volume}
-        while self.idle[volume]:  # they may be as dead as the one that failed
-            self.idle[volume].pop()[1].transport.abort()
-
-    def pool(self, volume: str) -> list:  # idle connections, none if the volume closes them
-        if any(link[0].at_eof() or link[1].is_closing() for link in self.idle[volume][-1:]):
-            self.distrust(volume)
-        return self.idle[volume]
+    def pool(self, volume: str, failed: bool = False) -> list:
+        """Idle connections. If one failed, or is closed, so may be all: none, and no more trust."""
+        links = self.idle[volume]
+        if failed or any(link[0].at_eof() or link[1].is_closing() for link in links[-1:]):
+            self.trusted = {p: t for p, t in self.trusted.items() if p.partition("/")[0] != volume}
+            while links:
+                links.pop()[1].transport.abort()
+        return links
 
     def mark(self, place: str, trouble: str) -> None:
         """A volume does not answer, or a location takes no value; without trouble, it does."""
@@ -467,15 +461,14 @@ class Volumes:  # what is known of them; a location that answers is trusted for 
         return link
 
     @contextlib.asynccontextmanager
-    async def exchange(self, method: str, location: str, path: str, body: Any = None) -> Any:
-        """Status, length and pieces of an answer. body() is the next piece of ours, b"" after the
-        last. An answer renews trust, or ends it. 503, and it is noted, when there is none."""
-        (volume, slash, drive), link = location.partition("/"), ()
-        idle, seconds = self.pool(volume), self.patience * (10 if method in ("GET", "PUT") else 1)
+    async def exchange(self, verb: str, place: str, path: str, body: Any = None, *auth: str) -> Any:
+        """Status, length, pieces of an answer; 503. body() gives pieces of ours, b"" at the end."""
+        (volume, slash, drive), link = place.partition("/"), ()
+        idle, seconds = self.pool(volume), self.patience * (10 if verb in ("GET", "PUT") else 1)
         try:
             reader, writer = link = idle.pop() if idle else await self.connect(volume)
-            coding = "Transfer-Encoding: chunked\r\n" if body else ""
-            head = f"{method} {slash}{drive}{path} HTTP/1.1\r\nHost: {volume}\r\n{coding}\r\n"
+            fields = (*auth, self.login)[0] + "Transfer-Encoding: chunked\r\n" * bool(body)
+            head = f"{verb} {slash}{drive}{path} HTTP/1.1\r\nHost: {volume}\r\n{fields}\r\n"
             writer.write(head.encode())
             while body and (piece := await body()):
                 async with asyncio.timeout(seconds):
@@ -486,24 +479,24 @@ class Volumes:  # what is known of them; a location that answers is trusted for 
                 answer = await reader.readuntil(b"\r\n\r\n")
             first, _, length, close = parse_head(STATUS, answer)
             status = int(first[1])
-            self.mark(volume, "")
-            if status >= 500 or method == "PUT":
-                self.mark(location + "/", "" if status == 201 else f"it answers {status}")
+            self.mark(volume, "it answers 401" if status == 401 and not auth else "")
+            if status >= 500 or verb == "PUT":
+                self.mark(place + "/", "" if status == 201 else f"it answers {status}")
             if status < 300:
-                self.trusted[location] = time.monotonic() + self.timeout
+                self.trusted[place] = time.monotonic() + self.timeout
             elif status != 404:
-                self.trusted.pop(location, None)
-            rest = 0 if method == "HEAD" or status == 204 else length
+                self.trusted.pop(place, None)
+            rest = 0 if verb == "HEAD" or status == 204 else length
             yield status, length, read_body(reader, rest, seconds)
-            if (method == "GET" or not rest) and not (close or reader._buffer or len(idle) > 63):
+            if (verb == "GET" or not rest) and not (close or reader._buffer or len(idle) > 63):
                 idle.append(link)
         except (OSError, EOFError, ValueError, RuntimeError, asyncio.LimitOverrunError) as error:
-            self.distrust(volume)
-            places = [] if link and reader._buffer else [volume]  # it may answer too early
-            places += [location + "/"] if link and method == "PUT" else []
-            for place in places:
-                self.mark(place, str(error) or repr(error))
-            raise HTTPError(503, f"{location} does not answer {method}: {error!r}") from error
+            self.pool(volume, failed=True)
+            lost = [] if link and reader._buffer else [volume]  # it may answer too early
+            lost += [place + "/"] if link and verb == "PUT" else []
+            for name in lost:
+                self.mark(name, str(error) or repr(error))
+            raise HTTPError(503, f"{place} does not answer {verb}: {error!r}") from error
         finally:
             if link and link not in idle:
                 writer.transport.abort()  # of an upload that is cut short nginx keeps nothing
@@ -549,6 +542,12 @@ class Volumes:  # what is known of them; a location that answers is trusted for 
             for task in tasks:
                 task.cancel()
 
+    def link(self, location: str, path: str) -> str:  # for readers, signed for nginx's secure_link
+        link, until = location + path, int(time.time() + self.expiry)
+        proof = hashlib.md5(f"{until}/{link.partition('/')[2]} {self.secret}".encode()).digest()
+        query = f"?md5={base64.urlsafe_b64encode(proof)[:22].decode()}&expires={until}"
+        return link + query * bool(self.secret)
+
     def trusts(self, location: str, path: str) -> bool:  # a GET; it is asked again in good time
         self.pool(location.partition("/")[0])
         left = self.trusted.get(location, 0.0) - time.monotonic()
@@ -564,18 +563,17 @@ class Volumes:  # what is known of them; a location that answers is trusted for 
 
 # --- store ----------------------------------------------------------------------------------------
 # The verbs, without sockets or LMDB. An operation of the index decides; all else is work on files.
-
-
 class Store:  # an index, volumes, and the flags that say how to use them
     def __init__(self, flags: argparse.Namespace, index: Index) -> None:
-        self.flags, self.index, self.volumes = flags, index, Volumes(flags.voltimeout)
-        self.connections, self.draining, self.counters = set(), False, Counter()  # for Prometheus
+        self.flags, self.index, self.volumes = flags, index, Volumes(flags)
+        self.connections, self.draining, self.counters, self.logins = set(), False, Counter(), {}
         rank = functools.lru_cache(1 << 12)(key2volume)
         self.ranking = lambda key: rank(key, flags.volumes, 256, flags.subvolumes)
         self.pause, self.ticked = min(5.0, flags.grace / 2 + 0.05), time.monotonic()  # of sweep()
 
     async def answer(self, request: Request, body: Pieces | None) -> bytes | Pieces:
         """The answer to a request, whole or as the pieces of its JSON. HTTPError."""
+        await self.log_in(request)
         if request.query is not None:
             return self.query(request)
         key, verb = parse_key(request.path), request.method
@@ -584,7 +582,29 @@ class Store:  # an index, volumes, and the flags that say how to use them
         if verb == "PUT":
             md5 = request.fields.get(b"content-md5", b"").decode("latin-1")
             return await self.put(key, request.length, md5, body, Record(), [])
-        return await (self.rebalance(key) if verb == "REBALANCE" else self.remove(key, verb))
+        if verb == "REBALANCE":
+            return await self.rebalance(key)
+        hide = verb == "UNLINK"
+        before = await self.index.do(Row.remove, key, hide, self.flags.protect)
+        await self.erase(key, () if hide else before.replicas, (204, 404))
+        return response(204)
+
+    async def log_in(self, request: Request) -> None:
+        """With -basicauth: let in whom a volume lets in that lets in not everybody. 401, 503."""
+        given = request.fields.get(b"authorization", b"")
+        proof, free = hashlib.sha256(given).digest(), request[1:3] == (b"/", b"health")
+        if free or not self.flags.basicauth or self.logins.get(proof, 0.0) > time.monotonic():
+            return
+        login = re.fullmatch(rb"(?i:basic) ([0-9A-Za-z+/]{1,2000}={0,2})", given)
+        lines = "", f"Authorization: Basic {login[1].decode()}\r\n" if login else ""
+        for volume in sorted(self.flags.volumes, key=self.volumes.down.__contains__):
+            asks = [self.volumes.request("HEAD", f"{volume}/login", "", None, it) for it in lines]
+            told = [status for status, _ in await asyncio.gather(*asks)]
+            require(told != [401, 401], 401, "user and password, please", DEMAND)
+            if told == [401, 404]:
+                self.logins[proof] = time.monotonic() + LOGIN_TIME
+                return
+        raise HTTPError(503, "no volume can check the credentials")
 
     async def ask(self, method: str, key: bytes, replicas: Sequence[Replica]) -> dict:
         """What the volumes answer about files of a key: (status, size) by replica."""
@@ -599,20 +619,20 @@ class Store:  # an index, volumes, and the flags that say how to use them
             target = quote(path, safe="%/:@!$&'()*+,;=~")  # as it was sent, but ASCII
             return response(302, f"Location: http://{self.flags.fallback}{target}\r\n")
         files = {replica: key2path(key, replica.write_id) for replica in record.replicas}
-        ready = [r for r, file in files.items() if self.volumes.trusts(r.location, file)]
+        ready = [(r.location, f) for r, f in files.items() if self.volumes.trusts(r.location, f)]
         if not ready:
             up = [replica for replica in files if self.volumes.up(replica.location)]
             answers = await self.ask("HEAD", key, up or record.replicas)
-            ready = [replica for replica, (status, _) in answers.items() if status == 200]
+            ready = [(r.location, files[r]) for r, (status, _) in answers.items() if status == 200]
             if not ready and self.index.look(key).record != record:  # deleted or moved meanwhile
                 return await self.get(key, path)
             told = [status for status, _ in answers.values()]  # 0: nothing
             require(ready, 404 if told == [404] * len(files) else 503, f"the volumes say {told}")
-        replica, places = random.choice(ready), [location for location, _ in files]
+        places = [location for location, _ in files]
         balance = "balanced" if places == self.ranking(key)[: self.flags.replicas] else "unbalanced"
-        fields = f"Key-Volumes: {','.join(places)}\r\nKey-Balance: {balance}\r\n"
-        fields += f"Content-Md5: {record.hash}\r\n" if record.hash else ""
-        return response(302, f"Location: http://{replica.location}{files[replica]}\r\n{fields}")
+        fields = f"Location: http://{self.volumes.link(*random.choice(ready))}\r\n"
+        fields += f"Key-Volumes: {','.join(places)}\r\nKey-Balance: {balance}\r\n"
+        return response(302, fields + f"Content-Md5: {record.hash}\r\n" * bool(record.hash))
 
     async def put(self, key: bytes, length: Any, md5: str, body: Any, old: Any, keep: Any) -> bytes:
         """201: `replicas` volumes have it all (some `keep` it), the index on disk names them."""
@@ -630,9 +650,8 @@ class Store:  # an index, volumes, and the flags that say how to use them
             statuses, size, digest = await self.volumes.write(path, todo, body)
             self.counters["received_bytes_total"] += size
             require(size or old.size == 0, 411, "a value has at least one byte")
-            right = {"", digest.hex(), base64.b64encode(digest).decode()}
-            status = 503 if old.replicas else 400  # the replica is rotten, or the client is wrong
-            require({md5, md5.lower()} & right, status, f"MD5 does not match: {digest.hex()}")
+            right = {"", digest.hex(), base64.b64encode(digest).decode()} & {md5, md5.lower()}
+            require(right, 503 if old.replicas else 400, f"MD5 does not match: {digest.hex()}")
             made = [place for place in todo if statuses[place] == 201]
             for place in spare:
                 if 0 < len(made) < count:
@@ -662,11 +681,10 @@ class Store:  # an index, volumes, and the flags that say how to use them
             same = "" if record.size in (size, None) else "size"
             wrong[file] = {200: same, 404: "missing"}.get(status, "unreachable")
             if deep and not wrong[file]:
-                wrong[file] = "unreachable"
                 with contextlib.suppress(HTTPError):
                     body = self.volumes.read(file.location, key2path(key, file.write_id))
                     *_, sums[file] = await self.volumes.write("", [], body)  # nowhere
-                    wrong[file] = ""
+                wrong[file] = "" if file in sums else "unreachable"
         right = {bytes.fromhex(record.hash)} if record.hash else {*sums.values()}
         return wrong | {file: "md5" for file, md5 in sums.items() if {md5} != right}
 
@@ -695,13 +713,6 @@ class Store:  # an index, volumes, and the flags that say how to use them
             self.index.do(Row.settle, key, "", gone)
         return len(gone)
 
-    async def remove(self, key: bytes, method: str) -> bytes:
-        """204: no GET finds the key. After DELETE its files go too, sooner or later."""
-        hide = method == "UNLINK"
-        before = await self.index.do(Row.remove, key, hide, self.flags.protect)
-        await self.erase(key, () if hide else before.replicas, (204, 404))
-        return response(204)
-
     def query(self, request: Request) -> bytes | Pieces:
         """GET with a query: ?list, ?unlinked, /?health, /?metrics. 400 for any other."""
         query = parse_qs(request.query.decode(errors="replace"), keep_blank_values=True)
@@ -709,7 +720,11 @@ class Store:  # an index, volumes, and the flags that say how to use them
         reading = request.method in ("GET", "HEAD") and "\ufffd" not in start
         require(reading and re.fullmatch("[0-9]{0,18}", limit), 400, "no query like this")
         if request.path == b"/" and set(query) in ({"health"}, {"metrics"}):
-            return response(200, TEXT, b"ok\n" if "health" in query else self.metrics())
+            (keys, entries), up = self.index.count(), {*self.flags.volumes} - {*self.volumes.down}
+            values = {"keys": keys, "journal_entries": entries, "volumes": len(self.flags.volumes)}
+            values |= {"volumes_up": len(up), "connections": len(self.connections)}
+            text = "".join(f"mkv_{n} {v}\n" for n, v in (values | self.counters).items())
+            return response(200, TEXT, text.encode() if "metrics" in query else b"ok\n")
         require(set(query) - {"start", "limit"} in ({"list"}, {"unlinked"}), 400, "try ?list")
         prefix, most = unquote_to_bytes(request.path), int(limit or sys.maxsize)
         return self.list(prefix, start.encode(), most, "unlinked" in query)
@@ -728,15 +743,8 @@ class Store:  # an index, volumes, and the flags that say how to use them
                 break
         yield f'], "next": {json.dumps(following)}}}\n'.encode()
 
-    def metrics(self) -> bytes:  # for Prometheus; of this process, but for keys and journal
-        (keys, entries), volumes = self.index.count(), set(self.flags.volumes)
-        values = {"keys": keys, "journal_entries": entries, "connections": len(self.connections)}
-        values |= {"volumes": len(volumes), "volumes_up": len(volumes - set(self.volumes.down))}
-        return "".join(f"mkv_{n} {v}\n" for n, v in (values | self.counters).items()).encode()
-
     async def sweep(self, thorough: bool = False) -> None:
-        """Delete garbage older than `grace`, the older the more seldom; evict owners that are dead.
-        Until `settle` has passed, 404 does not prove a file gone: a late PUT may still land."""
+        """Delete garbage older than `grace`, the older the more seldom; evict dead owners."""
         now, left = time.time(), 0
         for rows in self.index.walk(self.index.journal, b"", 16):
             work = []
@@ -746,7 +754,7 @@ class Store:  # an index, volumes, and the flags that say how to use them
                 if age >= self.flags.grace and not row.owner:
                     left += (n := len(row.replicas))
                     if thorough or random.random() * (age - self.flags.grace) < 8 * self.pause:
-                        proof = (204, 404) if age > self.flags.settle else (204,)
+                        proof = (204, 404) if age > self.flags.settle else (204,)  # else: too late
                         work.append(self.erase(key, random.sample(row.replicas, min(n, 32)), proof))
             left -= sum(await asyncio.gather(*work))
             await asyncio.sleep(0)  # for the others
@@ -756,9 +764,8 @@ class Store:  # an index, volumes, and the flags that say how to use them
         self.index.env.reader_check()  # a reader that was killed pins old pages
 
     async def tick(self) -> None:  # try what is down, see how late we are
-        now = time.monotonic()
-        self.counters["event_loop_lag_seconds"] = max(0.0, now - self.ticked - TICK)
-        self.ticked = now
+        self.ticked, late = (now := time.monotonic()), now - self.ticked - TICK
+        self.counters["event_loop_lag_seconds"] = max(0.0, late)
         for place in [p for p, (t, _) in self.volumes.down.items() if t <= now and "/" not in p]:
             self.volumes.probe(place)  # a location is tried by the next PUT
 
@@ -774,8 +781,6 @@ async def every(seconds: float, job: Callable) -> None:  # for at most a fifth o
 # --- maintenance ----------------------------------------------------------------------------------
 # rebuild, rebalance, verify: for all files, or all keys, in constant memory, beside a live server.
 # What they find goes to stdout, a line of JSON each; how far they are, to stderr.
-
-
 class Maintenance(Store):  # one run of a command
     done, total, found, pace = 0, 0, Counter(), 0.2 if sys.stderr.isatty() else 10
 
@@ -821,18 +826,16 @@ class Maintenance(Store):  # one run of a command
     async def for_files(self, job: Callable) -> None:
         """Run job(key, file, size) for all files on the volumes."""
         self.keep = self.flags.adopt_garbage or self.index.count()[0] > 0
-        self.total += 256
+        self.total += 257
         drives = [f"/sv{n:02X}" for n in range(self.flags.subvolumes) if self.flags.subvolumes > 1]
         self.places = [volume + drive for volume in self.flags.volumes for drive in ("", *drives)]
-        for place in list(self.places):
-            try:
-                await self.descend(place, "/", job)
-            except HTTPError as error:
-                require(self.flags.partial, 503, error.reason)
-                self.report("unreachable", location=place, reason=error.reason)
+        for folder in "/", *map("/{:02x}/".format, range(256)):
+            walks = [self.descend(place, folder, job) for place in self.places]
+            ends = await asyncio.gather(*walks, return_exceptions=True)
+            for place, error in [(p, e) for p, e in zip(self.places, ends, strict=True) if e]:
+                require(self.flags.partial, 503, str(error))
+                self.report("unreachable", location=place, reason=str(error))
                 self.places.remove(place)
-        for folder in map("/{:02x}/".format, range(256)):
-            await asyncio.gather(*(self.descend(place, folder, job) for place in self.places))
             self.done += 1
 
     async def descend(self, place: str, folder: str, job: Callable) -> None:
@@ -867,9 +870,8 @@ class Maintenance(Store):  # one run of a command
     async def check(self, key: bytes, record: Record) -> None:  # report what is wrong with a key
         wrong = await self.examine(key, record, self.flags.deep)
         if self.index.look(key).record == record:  # else it has changed meanwhile
-            for file, finding in wrong.items():
-                if finding:
-                    self.report(finding, key, file)
+            for file in filter(wrong.get, wrong):
+                self.report(wrong[file], key, file)
             if sum(f in ("", "unreachable") for f in wrong.values()) < self.flags.replicas:
                 self.report("under-replicated", key)
 
@@ -886,8 +888,6 @@ class Maintenance(Store):  # one run of a command
 
 # --- command line ---------------------------------------------------------------------------------
 # Flags as the ancestor has them (one dash or two), the server process, the volumes of the demo.
-
-
 def duration(text: str) -> float:
     """Seconds, from a duration as Go writes it: 300ms, 1.5s, 1h30m, 0. ValueError."""
     parts = re.findall(r"([0-9]+\.?[0-9]*)(h|ms|m|s)", text)
@@ -906,7 +906,7 @@ def parse_flags(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """The flags, checked, and volumes of its own if none are given."""
     parser.add_argument("command", choices=["server", "rebuild", "rebalance", "verify"])
     for name, kind, default, text in (
-        ("volumes", addresses, (), "host:port,… (without: three of its own, for a look around)"),
+        ("volumes", addresses, DEMO, "host:port,… (without: three of its own, for a look around)"),
         ("db", Path, Path("mkv-data/index"), "folder of the index"),
         ("port", int, 3000, "port to listen on"),
         ("bind", str, "", "address to listen on (all; 127.0.0.1 without -volumes)"),
@@ -917,6 +917,10 @@ def parse_flags(parser: argparse.ArgumentParser) -> argparse.Namespace:
         ("voltimeout", duration, 1.0, "how long a volume may be silent; 0: always ask"),
         ("settle", duration, 3600.0, "after this time no request can still take effect"),
         ("grace", duration, 60.0, "how long replaced files stay for readers on their way"),
+        ("userpass", str, os.environ.get("MKV_USERPASS", ""), "user:password, for the volumes"),
+        ("basicauth", None, False, "let in only whom the volumes let in"),
+        ("expiry", duration, 3600.0, "how long redirects are good that are signed, by $MKV_SECRET"),
+        ("maxconns", int, os.sysconf("SC_OPEN_MAX") // 5, "connections of clients"),
         ("protect", None, False, "UNLINK before DELETE"),
         ("v", None, False, "log every request"),
         ("deep", None, False, "verify, rebalance: compare the MD5 of every replica, too"),
@@ -926,26 +930,22 @@ def parse_flags(parser: argparse.ArgumentParser) -> argparse.Namespace:
         how = {"type": kind, "default": default} if kind else {"action": "store_true"}
         parser.add_argument(f"-{name}", f"--{name}", help=text, **how)
     flags = parser.parse_args()
-    flags.demo = not flags.volumes
-    flags.bind = flags.bind or ("127.0.0.1" if flags.demo else "0.0.0.0")
-    flags.volumes = flags.volumes or addresses("127.0.0.1:3001,127.0.0.1:3002,127.0.0.1:3003")
-    for name, most in ("port", 65535), ("subvolumes", 256), ("replicas", len(flags.volumes)):
+    flags.bind = flags.bind or ("127.0.0.1" if flags.volumes is DEMO else "0.0.0.0")
+    limits = {"port": 65535, "subvolumes": 256, "replicas": len(flags.volumes), "maxconns": 1 << 20}
+    for name, most in limits.items():
         if not 1 <= getattr(flags, name) <= most:
             parser.error(f"-{name} is 1 to {most}")
     return flags
 
 
-def listen(flags: argparse.Namespace) -> tuple[socket.socket, Any]:
-    """A socket at the port, which only servers of the same index share, and their lock. OSError."""
-    lock, shared = (flags.db / f"{flags.bind}:{flags.port}").open("w"), True
-    with contextlib.suppress(BlockingIOError):  # there is one already
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        shared = False
-    family = socket.AF_INET6 if ":" in flags.bind else socket.AF_INET
+def listen(flags: argparse.Namespace, index: Index) -> socket.socket:
+    """A socket at the port, which only servers of the same index share. OSError."""
+    name = hashlib.md5(f"{flags.bind}:{flags.port}".encode()).hexdigest()
+    shared, family = not index.take(name), socket.AF_INET6 if ":" in flags.bind else socket.AF_INET
     listener = socket.create_server((flags.bind, flags.port), family=family, reuse_port=shared)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)  # from now on
-    fcntl.flock(lock, fcntl.LOCK_SH)
-    return listener, lock
+    index.take(name, how=fcntl.LOCK_SH)
+    return listener
 
 
 async def serve(store: Store, listener: socket.socket) -> None:
@@ -974,17 +974,17 @@ def main() -> None:
     flags = parse_flags(parser)
     logging.basicConfig(format="%(asctime)s %(message)s", level="DEBUG" if flags.v else "INFO")
     at, names = f"http://{flags.bind}:{flags.port}", ",".join(flags.volumes)
-    if flags.demo and flags.command == "server":  # start these volumes, then this again
-        os.environ["SUBVOLUMES"] = f"{flags.subvolumes}"
+    if flags.volumes is DEMO and flags.command == "server":  # start these volumes, then this again
         script = str(Path(__file__).with_name("volume.sh"))
         again = [sys.executable, *sys.argv, "-bind", flags.bind, "-volumes", names]
+        os.environ["SUBVOLUMES"] = f"{flags.subvolumes}"
         os.execv(script, [script, "demo", at, *again])
     try:
         found = flags.command in ("server", "rebuild") or (flags.db / "data.mdb").exists()
         require(found, 404, "no index there")
         index = Index(flags.db)
         require(flags.command != "rebuild" or index.take("0", 0), 503, "another process uses it")
-        listener, _lock = listen(flags) if flags.command == "server" else (None, None)
+        listener = listen(flags, index) if flags.command == "server" else None
     except (OSError, lmdb.Error, HTTPError) as error:
         parser.error(f"cannot use -db {flags.db} and -port {flags.port}: {error}")
     if listener:

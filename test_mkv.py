@@ -22,6 +22,7 @@ import resource
 import shutil
 import signal
 import socket
+import socketserver
 import stat
 import subprocess
 import sys
@@ -34,7 +35,7 @@ from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterat
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, unquote_to_bytes
 
 import lmdb
 import pytest
@@ -2036,8 +2037,8 @@ def assert_answer(head: tuple[int, int | None], body: bytes) -> None:
 @pytest.mark.parametrize(
     ("next_head", "seeds", "count", "check"),
     [
-        (next_request, REQUESTS, 80_000, assert_request),
-        (next_answer, ANSWERS, 20_000, assert_answer),
+        (next_request, REQUESTS, 100_000, assert_request),
+        (next_answer, ANSWERS, 100_000, assert_answer),
     ],
     ids=["requests", "answers"],
 )
@@ -3852,7 +3853,14 @@ async def test_a_key_with_much_garbage_is_swept_in_small_portions(tmp_path: Path
         asked.add((method, location))
         return 204, None
 
-    flags = {"voltimeout": 1.0, "grace": 0.0, "settle": 1.0, "volumes": ("v:1",)}
+    flags = {
+        "voltimeout": 1.0,
+        "grace": 0.0,
+        "settle": 1.0,
+        "volumes": ("v:1",),
+        "userpass": "",
+        "expiry": 1,
+    }
     with opened(tmp_path / "index") as index:
         store, owner = mkv.Store(types.SimpleNamespace(**flags), index), new_owner(index)
         store.volumes.request = request
@@ -3978,7 +3986,7 @@ def test_five_thousand_idle_connections_do_not_keep_others_from_being_served(
         pytest.skip("needs 12,000 open files")
     with contextlib.ExitStack() as stack:
         stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
-        system = cluster()
+        system = cluster("-maxconns", "5100")
         server = system.server
         base = descriptors(server)
         wires = [socket.socket() for _ in range(5000)]
@@ -4584,7 +4592,7 @@ async def hang(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> No
 
 @pytest.mark.asyncio
 async def test_a_drive_that_hangs_is_soon_left_alone_for_longer_than_it_holds_up_a_put() -> None:
-    volumes, pause = mkv.Volumes(0.04), 0.0
+    volumes, pause = mkv.Volumes(types.SimpleNamespace(voltimeout=0.04, userpass="", expiry=1)), 0.0
     async with asyncio.timeout(10), await asyncio.start_server(hang, "127.0.0.1", 0) as server:
         volume = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
         drive = f"{volume}/sv00"
@@ -4596,7 +4604,7 @@ async def test_a_drive_that_hangs_is_soon_left_alone_for_longer_than_it_holds_up
                 await volumes.request("HEAD", volume, "/")
                 await asyncio.sleep(0.01)
             pause = time.monotonic() - stalled
-        volumes.distrust(volume)  # ends the connection that is kept
+        volumes.pool(volume, failed=True)  # ends the connection that is kept
 
 
 @pytest.mark.parametrize("ailments", [("dead", "dead"), ("dead", "frozen")])
@@ -5686,6 +5694,8 @@ def test_keys_whose_files_are_all_gone_stay_and_verify_names_them(cluster: Make)
 JUNK = [b"/README", b"/5d/41/not base64!", b"/5d/42/aGVsbG8=", b"/5d/41/aGVsbG8=-0123"]
 JUNK += [b"/5d/41/aGVsbG8", b"/aa/bb/cc/dd/ee/ff", b"/aa/b b/#%41?&", b"/aa/%2e/\"quoted'\\"]
 JUNK += [b"/aa/bb/\xff\xfe", b"/a\xff/bb/x", "/été/ÿ".encode()]
+JUNK += [b"/aa/bb/%2e%2e", b"/aa/%252e%252e/%00", b"/aa/x../\\..\\", "/aa/bb/😀".encode()]
+JUNK += [b"/aa/bb/" + b"x" * 255, b"/%2e%2e/bb/x"]
 
 
 def test_what_is_no_file_under_the_name_of_one_is_reported(cluster: Make) -> None:
@@ -6241,6 +6251,797 @@ def test_progress_on_a_terminal_is_one_line_that_changes(cluster: Make) -> None:
     until(lambda: re.search(rb"verify: [^\r\n]*\d[^\r\n]*\r?\n$", more()))
     os.close(screen)
     os.close(terminal)
+
+
+# --- security: locked volumes ---------------------------------------------------------------------
+
+SECRET, EVER = "correct.horse.battery/staple+=", 1 << 33
+LOCKED = {"AUTH": "users", "SECRET": SECRET}
+VALUE = "/sv00/aa/bb/a+b=-id"
+
+
+def basic(userpass: str) -> dict[str, str]:
+    """The header field of a user with a password."""
+    return {"Authorization": "Basic " + base64.b64encode(userpass.encode()).decode()}
+
+
+ADMIN, STRANGER = basic("admin:pässword"), basic("admin:password")
+
+
+def signed(path: str, until: int = EVER, secret: str = SECRET) -> str:
+    """What nginx's documentation of secure_link says, for the path of a request."""
+    md5 = hashlib.md5(f"{until}{path} {secret}".encode()).digest()
+    return f"{path}?md5={base64.urlsafe_b64encode(md5).decode().rstrip('=')}&expires={until}"
+
+
+@pytest.fixture
+def locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Volumes and servers that are started after locked(AUTH="users", …) have that in front."""
+    digest = base64.b64encode(hashlib.sha1("pässword".encode()).digest()).decode()
+    (tmp_path / "users").write_text(f"admin:{{SHA}}{digest}\n")
+    (tmp_path / "users").chmod(0o600)
+
+    def lock(**env: str) -> None:
+        for name, value in env.items():
+            monkeypatch.setenv(name, str(tmp_path / value) if name == "AUTH" else value)
+
+    lock(MKV_USERPASS="admin:pässword", MKV_SECRET=SECRET)
+    return lock
+
+
+@pytest.fixture
+def guarded(locked: Callable[..., None], tmp_path: Path) -> Iterator[Callable[..., Volume]]:
+    """Starts a volume: guarded(AUTH="users", …)."""
+    started: list[Volume] = []
+
+    def start(**env: str) -> Volume:
+        locked(**env)
+        started.append(Volume(tmp_path / "volume", *free_ports(1)))
+        return started[0]
+
+    yield start
+    for volume in started:
+        volume.kill()
+
+
+@pytest.fixture
+def vault(guarded: Callable[..., Volume]) -> Volume:
+    """A volume with AUTH and SECRET, and the value "value" at VALUE."""
+    volume = guarded(**LOCKED)
+    assert call(volume.port, "PUT", VALUE, b"value", ADMIN).status == 201
+    return volume
+
+
+def test_a_volume_with_auth_lets_in_who_has_a_password_and_nobody_else(vault: Volume) -> None:
+    port, before = vault.port, vault.files()
+    for path in (VALUE, "/sv00/aa/bb/other", "/", "/sv00/", "/sv00/aa/bb/"):
+        for method in ("GET", "HEAD", *(("PUT", "DELETE") if path[-1] != "/" else ())):
+            body = b"stranger" if method == "PUT" else None
+            for fields in ({}, STRANGER, basic("nobody:pässword"), {"Authorization": "Basic !"}):
+                answer = call(port, method, path, body, fields)
+                assert answer.status == 401, (method, path, fields)
+                assert answer.fields["www-authenticate"].startswith("Basic ")
+                assert b"value" not in answer.body
+    assert vault.files() == before
+    assert call(port, "GET", VALUE, None, ADMIN).body == b"value"
+    assert call(port, "GET", "/sv00/aa/bb/", None, ADMIN).status == 200
+    assert call(port, "DELETE", VALUE, None, ADMIN).status == 204
+
+
+def test_a_signed_link_is_good_for_reading_without_a_password_and_for_nothing_else(
+    vault: Volume,
+) -> None:
+    port, link, before = vault.port, signed(VALUE), vault.files()
+    assert call(port, "GET", link).body == b"value"
+    assert call(port, "HEAD", link).fields["content-length"] == "5"
+    assert call(port, "GET", link, None, {"Range": "bytes=1-2"}).body == b"al"
+    assert call(port, "GET", signed("/sv00/aa/bb/none")).status == 404
+    for path in (link, signed("/sv00/aa/bb/new")):
+        for method in ("PUT", "DELETE", "POST", "MKCOL", "PATCH"):
+            answer = call(port, method, path, b"new" if method == "PUT" else None)
+            assert answer.status == 401, (method, path)
+    assert vault.files() == before and call(port, "GET", link).body == b"value"
+
+
+def test_a_link_that_is_not_right_is_refused_as_if_it_were_not_signed(vault: Volume) -> None:
+    port, now, link = vault.port, int(time.time()), signed(VALUE)
+    assert call(port, "PUT", "/sv00/aa/bb/other", b"other", ADMIN).status == 201
+    md5 = link.partition("md5=")[2][:22]
+    wrong = [signed(VALUE, now - 1), signed(VALUE, 0), signed(VALUE, -1)]  # expired
+    wrong += [signed(VALUE, EVER, guess) for guess in ("", SECRET[:-1], SECRET.upper(), "@SECRET@")]
+    wrong += [link.replace(f"={EVER}", f"={until}") for until in (EVER + 1, "", "x", f"0{EVER}")]
+    wrong += [link.replace(VALUE, p) for p in ("/sv00/aa/bb/other", VALUE + "x", "/sv00/", "/")]
+    wrong += [link.replace(md5, p) for p in ("", "x" * 22, md5[:-1], md5 + "A", "1")]
+    wrong += [link.replace(md5[:5], md5[:5].swapcase()), link.replace("?", "%3F")]
+    wrong += [link.partition("&")[0], VALUE + "?" + link.partition("&")[2]]
+    unsigned = call(port, "GET", VALUE)
+    assert unsigned.status == 401
+    for path in wrong:
+        assert path != link
+        refused = call(port, "GET", path)
+        assert (refused.status, refused.body) == (401, unsigned.body), path
+        assert refused.fields["www-authenticate"] == unsigned.fields["www-authenticate"]
+
+
+def test_a_signed_link_ends_when_it_expires(vault: Volume) -> None:
+    link = signed(VALUE, int(time.time()) + 2)
+    assert call(vault.port, "GET", link).status == 200
+    until(lambda: call(vault.port, "GET", link).status == 401)
+
+
+def test_without_a_secret_no_link_is_signed_and_a_signature_opens_nothing(
+    guarded: Callable[..., Volume],
+) -> None:
+    volume = guarded(AUTH="users")
+    assert call(volume.port, "PUT", VALUE, b"value", ADMIN).status == 201
+    for secret in ("", "@SECRET@"):
+        assert call(volume.port, "GET", signed(VALUE, EVER, secret)).status == 401
+
+
+@pytest.mark.parametrize("names", ["AUTH", "AUTH SECRET", "AUTH SECRET ALLOW"])
+def test_locks_leave_refusals_and_drives_that_vanished_as_they_are(
+    guarded: Callable[..., Volume], names: str
+) -> None:
+    volume = guarded(**{name: (LOCKED | {"ALLOW": "127.0.0.1"})[name] for name in names.split()})
+    for path in (VALUE, "/sv03/aa/bb/x"):
+        assert call(volume.port, "PUT", path, b"value", ADMIN).status == 201
+    before = volume.files()
+    cases = [(403, "DELETE", f"/sv00/{path}") for path in ("", "aa/", "aa/bb/", "aa/bb/.", "x/..")]
+    cases += [(403, method, "/.nginx/auth") for method in ("GET", "HEAD", "PUT", "DELETE")]
+    cases += [(403, "GET", "/.nginx/nginx.conf"), (403, "PUT", "/sv00/.tmp/x")]
+    cases += [(403, "PUT", "/sv00/aa/x/"), (503, "GET", "/sv03/")]
+    cases += [(503, method, "/sv03/aa/bb/x") for method in ("GET", "HEAD", "PUT", "DELETE")]
+    (volume.folder / "sv03/.tmp").rename(volume.folder / "sv03/away")
+    for (status, method, path), fields in itertools.product(cases, (ADMIN, STRANGER, {})):
+        for target in (path, signed(path)):
+            body = b"x" if method == "PUT" else None
+            answer = call(volume.port, method, target, body, fields)
+            assert answer.status == status, (method, target, fields)
+    assert volume.files() == before
+
+
+def test_neither_a_password_nor_a_signature_writes_from_an_address_that_may_not(
+    guarded: Callable[..., Volume],
+) -> None:
+    volume = guarded(ALLOW="127.0.0.5", **LOCKED)
+    assert call_from("127.0.0.5", volume.port, "PUT", VALUE) == 401
+    assert call_from("127.0.0.5", volume.port, "PUT", VALUE, **ADMIN) == 201
+    before = volume.files()
+    for path in (VALUE, signed(VALUE), "/sv00/aa/bb/new", signed("/sv00/aa/bb/new")):
+        for method, fields in itertools.product(("PUT", "DELETE"), (ADMIN, {})):
+            assert call_from("127.0.0.6", volume.port, method, path, **fields) == 403
+    assert call_from("127.0.0.6", volume.port, "GET", VALUE, **ADMIN) == 200
+    assert call_from("127.0.0.6", volume.port, "GET", signed(VALUE)) == 200
+    assert volume.files() == before
+
+
+@pytest.mark.parametrize("user", [None, pytest.param("nobody", marks=needs_root)])
+def test_secrets_of_a_volume_are_seen_by_nobody_else(
+    locked: Callable[..., None], tmp_path: Path, user: str | None
+) -> None:
+    locked(**LOCKED)  # the users' file is root's alone, and the workers may be another user
+    with foreign_folder() if user else tempfile.TemporaryDirectory() as base:
+        folder, (port,) = Path(base) / "volume", free_ports(1)
+        for path in (folder, folder / ".nginx"):
+            path.mkdir()
+            shutil.chown(path, user or os.geteuid())
+        old = folder / ".nginx/nginx.conf"
+        old.touch(0o644)
+        env = os.environ | {"HOST": "127.0.0.1", "PORT": str(port)}
+        with (
+            (tmp_path / "log").open("wb") as log,
+            old.open("rb") as spy,
+            subprocess.Popen([HERE / "volume.sh", folder], env=env, stderr=log) as process,
+        ):
+            try:
+                until(lambda: accepts(port))
+                assert call(port, "PUT", VALUE, b"value", ADMIN).status == 201
+                for fields in (STRANGER, {}, {"Authorization": "Basic !"}):  # no noise about it
+                    assert call(port, "GET", VALUE, None, fields).status == 401
+                assert SECRET in old.read_text() and spy.read() == b""
+                modes = {p.name: p.stat().st_mode & 0o777 for p in (folder / ".nginx").glob("*")}
+                assert modes["nginx.conf"] == modes["auth"] == 0o600
+                assert old.owner() == Path(f"/proc/{process.pid}").owner()
+                for pid in {process.pid} | descendants(process.pid):
+                    for name in ("cmdline", "environ"):
+                        assert SECRET.encode() not in Path(f"/proc/{pid}/{name}").read_bytes()
+            finally:
+                process.terminate()
+        assert (tmp_path / "log").read_bytes() == b""
+
+
+def test_volume_sh_says_which_lock_does_not_work(
+    locked: Callable[..., None], tmp_path: Path
+) -> None:
+    volume, users = tmp_path / "volume", str(tmp_path / "users")
+    (tmp_path / "empty").write_text("\n")
+    for path in ("nowhere", "", "empty"):
+        said = run_volume_sh(volume, AUTH=f"{tmp_path}/{path}")
+        assert f"AUTH={tmp_path}/{path}" in said
+    assert "AUTH" in run_volume_sh(volume, SECRET=SECRET)
+    for secret in ("short", SECRET + ";", f'{SECRET}"', SECRET + "$uri", SECRET + "\n", "é" * 20):
+        said = run_volume_sh(volume, AUTH=users, SECRET=secret)
+        assert "SECRET" in said and secret not in said
+    assert not volume.exists()
+
+
+# --- security: a server that demands a password ---------------------------------------------------
+
+
+class Recorder(socketserver.ThreadingTCPServer):
+    """A port in front of another one; `heard` is what came in, connection by connection."""
+
+    daemon_threads = True
+
+    def __init__(self, port: int) -> None:
+        self.port, self.heard = port, []
+        super().__init__(("127.0.0.1", 0), socketserver.BaseRequestHandler)
+        self.name = f"127.0.0.1:{self.server_address[1]}"
+        threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
+
+    def finish_request(self, wire: socket.socket, _: object) -> None:
+        with (
+            contextlib.suppress(OSError),
+            socket.create_connection(("127.0.0.1", self.port)) as other,
+        ):
+            self.heard.append(bytearray())
+            back = threading.Thread(target=self.pump, args=(other, wire, bytearray()))
+            back.start()
+            self.pump(wire, other, self.heard[-1])
+            back.join()
+
+    @staticmethod
+    def pump(source: socket.socket, target: socket.socket, record: bytearray) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                record += data
+                target.sendall(data)
+            target.shutdown(socket.SHUT_WR)
+
+
+Recorded = Callable[..., tuple[Cluster, Server, list[Recorder]]]
+
+
+@pytest.fixture
+def recorded(cluster: Make, locked: Callable[..., None]) -> Iterator[Recorded]:
+    """A locked-down cluster, its server with -basicauth, and recorders before its volumes."""
+    recorders: list[Recorder] = []
+
+    def make(*flags: str, preamble: str = "", **env: str) -> tuple:
+        locked(**(env or LOCKED | {"ALLOW": "127.0.0.1"}))
+        system = cluster()
+        recorders.extend(Recorder(volume.port) for volume in system.volumes)
+        settings = ["-basicauth", "-volumes", ",".join(each.name for each in recorders), *flags]
+        server = system.start(*free_ports(1), *settings, preamble=preamble)
+        return system, server, recorders
+
+    yield make
+    for recorder in recorders:
+        recorder.shutdown()
+        recorder.server_close()
+
+
+def heard(recorders: list[Recorder], pattern: bytes) -> int:
+    """How often the volumes were asked this."""
+    told = [bytes(each) for recorder in recorders for each in recorder.heard]
+    return sum(len(re.findall(pattern, each)) for each in told)
+
+
+def test_basicauth_lets_in_who_has_a_password_and_nobody_else(recorded: Recorded) -> None:
+    system, server, _ = recorded()
+    assert server.call("PUT", "/k", b"value", **ADMIN).status == 201
+    before = system.files()
+    known = [("GET", "/k", 302), ("HEAD", "/k", 302), ("GET", "/none", 404), ("PUT", "/k", 403)]
+    known += [("GET", "/?list", 200), ("GET", "/?metrics", 200), ("GET", "/?nonsense", 400)]
+    known += [("GET", "/k?health", 400), ("GET", "/?health&list", 400), ("REBALANCE", "/k", 204)]
+    known += [("UNLINK", "/k", 204), ("GET", "/?unlinked", 200), ("DELETE", "/k", 204)]
+    strangers = [{}, STRANGER, basic(""), {"Authorization": "Bearer x"}, {"Authorization": "Basic"}]
+    strangers += [{"Authorization": ADMIN["Authorization"] + tail} for tail in ("A", ", Basic x")]
+    for fields, (method, path, _) in itertools.product(strangers, known):
+        answer = server.call(method, path, b"x" if method == "PUT" else None, **fields)
+        assert answer.status == 401, (method, path, fields)
+        assert answer.fields["www-authenticate"].startswith('Basic realm="mkv"')
+    assert system.files() == before and system.journal_is_empty()
+    for method, path, status in known:
+        answer = server.call(method, path, b"x" if method == "PUT" else None, **ADMIN)
+        assert answer.status == status, (method, path)
+
+
+def test_health_needs_no_password(recorded: Recorded) -> None:
+    _, server, _ = recorded()
+    for fields in ({}, STRANGER, ADMIN):
+        assert server.call("GET", "/?health", **fields).status == 200
+
+
+def test_a_put_without_a_password_gets_no_100(recorded: Recorded) -> None:
+    _, server, _ = recorded()
+    fields = f"Content-Length: {9 * MB}\r\nExpect: 100-continue\r\n"
+    login = f"Authorization: {ADMIN['Authorization']}\r\n"
+    for credentials, status in (("", 401), (login, 100)):
+        with Wire(server.port) as wire:
+            wire.send(request("PUT", "/big", b"", fields + credentials))
+            assert wire.head()[0] == status
+
+
+def test_every_request_of_a_connection_needs_a_password(recorded: Recorded) -> None:
+    _, server, _ = recorded()
+    login = f"Authorization: {ADMIN['Authorization']}\r\n"
+    with Wire(server.port) as wire:
+        for credentials, status in ((login, 404), ("", 401), (login, 404), ("", 401)):
+            wire.send(request("GET", "/none", b"", credentials))
+            assert wire.answer().status == status
+
+
+def test_good_credentials_are_remembered_and_bad_ones_are_not(recorded: Recorded) -> None:
+    _, server, recorders = recorded("-voltimeout", "5s")
+    assert server.call("PUT", "/k", b"value", **ADMIN).status == 201
+    for _ in range(20):
+        assert server.call("GET", "/k", **ADMIN).status == 302
+    assert heard(recorders, b"HEAD /login ") == 2  # one without credentials, one with them
+    for number in range(2, 6):
+        assert server.call("GET", "/k", **STRANGER).status == 401
+        assert heard(recorders, b"HEAD /login ") == 2 * number
+    assert server.call("GET", "/k", **ADMIN).status == 302
+    assert heard(recorders, b"HEAD /login ") == 10
+
+
+def test_bad_credentials_change_nothing_in_what_is_known_of_the_volumes(
+    recorded: Recorded,
+) -> None:
+    _, server, recorders = recorded("-voltimeout", "60s", "-subvolumes", "1")
+    assert server.call("PUT", "/k", b"value", **ADMIN).status == 201
+    assert server.call("GET", "/k", **ADMIN).status == 302
+    log, asked = server.log.read_text(), heard(recorders, b"HEAD /(?!login)")
+    bad = [STRANGER, {}, *({"Authorization": "Basic " + "A" * size} for size in (9000, 15_000))]
+    for fields in bad * 3:  # nginx takes no line of more than 8 KiB
+        assert server.call("GET", "/k", **fields).status == 401
+    for _ in range(20):
+        assert server.call("GET", "/k", **ADMIN).status == 302
+    assert heard(recorders, b"HEAD /(?!login)") == asked  # all are trusted as before
+    assert server.call("PUT", "/k2", b"value", **ADMIN).status == 201
+    assert server.log.read_text() == log
+
+
+def test_a_password_that_was_changed_is_good_no_longer_than_it_is_remembered(
+    recorded: Recorded, tmp_path: Path
+) -> None:
+    system, server, _ = recorded("-userpass", "root:root", preamble="mkv.LOGIN_TIME = 0.5")
+    assert server.call("GET", "/k", **ADMIN).status == 404
+    (tmp_path / "users").write_text("root:{PLAIN}root\n")
+    for volume in system.volumes:
+        volume.kill()
+        volume.start()
+    until(lambda: server.call("GET", "/k", **ADMIN).status == 401)
+    assert server.call("PUT", "/k", b"value", **basic("root:root")).status == 201
+
+
+def test_one_volume_is_enough_to_check_credentials(recorded: Recorded) -> None:
+    system, server, _ = recorded("-voltimeout", "1s")
+    spellings = map("".join, itertools.product(*zip("basic", "BASIC", strict=True)))
+
+    def status(fields: dict[str, str]) -> int:
+        """Of a request with credentials that are new, if only by the spelling of "Basic"."""
+        field = f"{next(spellings)} {fields['Authorization'].split()[1]}"
+        return server.call("GET", "/none", Authorization=field).status
+
+    first, second, third = system.volumes
+    for harm in (first.kill, second.freeze):
+        harm()
+        assert [status(ADMIN), status(STRANGER), status(ADMIN)] == [404, 401, 404]
+    third.kill()
+    assert [status(ADMIN), status(STRANGER)] == [503, 503]
+    first.start()
+    until(lambda: server.call("GET", "/none", **ADMIN).status == 404)
+
+
+def test_volumes_that_let_everybody_in_cannot_check_credentials(recorded: Recorded) -> None:
+    _, server, _ = recorded(ALLOW="127.0.0.1")
+    for fields in (ADMIN, STRANGER, {}):
+        answer = server.call("GET", "/none", **fields)
+        assert answer.status == 503 and b"credentials" in answer.body
+        assert server.call("PUT", "/k", b"value", **fields).status == 503
+
+
+def test_curl_reads_from_a_locked_down_cluster_without_showing_its_password_to_a_volume(
+    recorded: Recorded,
+) -> None:
+    if not shutil.which("curl"):
+        pytest.skip("needs curl")
+    system, server, recorders = recorded()
+    command = ["curl", "-sS", "--fail-with-body", "-u", "admin:pässword", "-A", "the-client"]
+    url = f"http://127.0.0.1:{server.port}/k%20é"
+    secrets = [secret.encode() for secret in ("pässword", ADMIN["Authorization"][6:], SECRET)]
+    value = blob("curl", 2 * MB)
+    subprocess.run([*command, "-T", "-", url], input=value, check=True, timeout=60)
+    ended = subprocess.run([*command, "-L", "-v", url], capture_output=True, timeout=60)
+    assert ended.stdout == value, ended.stderr
+    shown = b"".join(line for line in ended.stderr.splitlines() if line[:2] == b"< ")
+    assert b"Location: http://127.0.0.1:" in shown and b"@" not in shown
+    assert not [secret for secret in secrets if secret in shown]
+    told = [bytes(each) for recorder in recorders for each in recorder.heard]
+    clients = [each for each in told if b"User-Agent: the-client" in each]
+    assert len(clients) == 1 and b"authorization" not in clients[0].lower()
+    assert not [secret for secret in secrets if secret in clients[0]]
+    assert [each for each in told if ADMIN["Authorization"].encode() in each]  # the server's
+    for wrong in (["-u", "admin:x"], ["-u", ":"]):
+        ended = subprocess.run([*command, *wrong, "-L", url], capture_output=True, timeout=60)
+        assert ended.returncode == 22 and value not in ended.stdout
+    subprocess.run([*command, "-X", "DELETE", url], check=True, timeout=60)
+    until(lambda: not system.files())
+
+
+@pytest.mark.parametrize(("flags", "seconds"), [((), 3600), (("-expiry", "2s"), 2)])
+def test_redirects_are_good_for_expiry_and_made_anew(
+    recorded: Recorded, flags: tuple, seconds: int
+) -> None:
+    _, server, _ = recorded(*flags)
+    assert server.call("PUT", "/k", b"value", **ADMIN).status == 201
+    began, answer = time.time(), server.call("GET", "/k", **ADMIN)
+    expires = int(answer.fields["location"].rpartition("=")[2])
+    assert began - 1 < expires - seconds <= time.time()
+    assert follow(answer).body == b"value"
+    if seconds == 2:
+        until(lambda: (found := follow(answer)) and found.status == 401)
+        assert time.time() >= expires
+    assert follow(server.call("GET", "/k", **ADMIN)).body == b"value"
+
+
+@pytest.mark.parametrize("way", ["flag", "environment"])
+def test_userpass_is_what_the_volumes_are_shown(
+    cluster: Make, locked: Callable[..., None], way: str
+) -> None:
+    locked(**LOCKED, MKV_USERPASS="admin:wrong" if way == "flag" else "admin:pässword")
+    system = cluster(*(("-userpass", "admin:pässword") if way == "flag" else ()))
+    for path, size in (("/small", 10), ("/large", MB)):
+        assert system.server.put(path, blob(path, size)) == 201
+        assert system.server.get(path) == blob(path, size)
+        assert system.server.call("DELETE", path).status == 204
+    until(lambda: system.is_clean() and not system.files())
+
+
+def test_a_put_with_a_wrong_userpass_is_503_and_says_why(
+    cluster: Make, locked: Callable[..., None]
+) -> None:
+    locked(**LOCKED)
+    system = cluster("-userpass", "admin:wrong")
+    for path, size in (("/small", 10), ("/large", 9 * MB)):
+        answer = system.server.call("PUT", path, bytes(size))
+        assert answer.status == 503, answer
+        assert path == "/large" or b"401" in answer.body, answer
+    assert not system.files() and not system.tables()[0]
+
+
+@pytest.mark.parametrize("way", ["flag", "environment"])
+def test_rebuild_rebalance_and_verify_work_on_locked_volumes(
+    cluster: Make, locked: Callable[..., None], monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    locked(**LOCKED)
+    system = cluster(subvolumes=2)
+    values = values_of([f"/k{number}" for number in range(20)] + NAMES)
+    store_all(system, values)
+    if way == "flag":
+        monkeypatch.setenv("MKV_USERPASS", "admin:wrong")
+    flags = ("-userpass", "admin:pässword") if way == "flag" else ()
+    assert run(system, "verify", "-deep", *flags).findings == []
+    file_at(system, "/k1", 0).unlink()
+    assert run(system, "verify", *flags, status=1).kinds() == {"missing", "under-replicated"}
+    assert run(system, "rebalance", *flags).findings == []
+    assert_copies(system, "/k1", values["/k1"])
+    assert system.server.stop() == 0
+    before = {key: set(record.replicas) for key, record in system.tables()[0].items()}
+    without_index(system)
+    run(system, "rebuild", *flags)
+    assert {key: set(record.replicas) for key, record in system.tables()[0].items()} == before
+
+
+@pytest.mark.parametrize("name", ["rebuild", "rebalance", "verify"])
+@pytest.mark.parametrize("userpass", ["admin:wrong", ""])
+def test_a_command_without_the_right_password_changes_nothing_and_says_401(
+    cluster: Make, locked: Callable[..., None], name: str, userpass: str
+) -> None:
+    locked(**LOCKED)
+    system = cluster(subvolumes=2)
+    store_all(system, values_of(f"/k{number}" for number in range(5)))
+    assert system.server.stop() == 0
+    before = state(system)
+    done = run(system, name, "-userpass", userpass, status=1 if name == "rebalance" else 2)
+    assert "is down: it answers 401" in done.said
+    assert done.kinds() <= {"unfinished", "unreachable", "failed"}  # nothing is called missing
+    assert state(system) == before
+
+
+def test_mistakes_in_the_locks_take_one_line(tmp_path: Path) -> None:
+    says = functools.partial(error_of, "server", *ONE, folder=tmp_path)
+    for number in ("0", "-1", "x"):
+        assert "maxconns" in says(f"-maxconns={number}")
+    assert "expiry" in says("-expiry", "x")
+    assert not any(tmp_path.iterdir())
+
+
+# --- security: no more connections than there is room for -----------------------------------------
+
+
+def enter(port: int) -> Wire | None:
+    """A connection that is served, and stays; None when it is refused."""
+    wire = Wire(port)
+    with contextlib.suppress(OSError, IndexError):  # reset, or closed without an answer
+        wire.send(request("GET", "/?health"))
+        if wire.answer().status == 200:
+            return wire
+    wire.__exit__()
+    return None
+
+
+def fill_up(stack: contextlib.ExitStack, server: Server, count: int) -> list[Wire]:
+    """So many connections that are served, which is as many as there may be."""
+    wires = [stack.enter_context(until(lambda: enter(server.port))) for _ in range(count)]
+    assert not enter(server.port)
+    return wires
+
+
+def test_a_connection_too_many_is_503_before_it_says_a_word(cluster: Make) -> None:
+    server = cluster("-maxconns", "4").server
+    with contextlib.ExitStack() as stack:
+        fill_up(stack, server, 4)
+        for _ in range(20):
+            silent = stack.enter_context(Wire(server.port))
+            answer = silent.answer()
+            assert (answer.status, answer.fields["connection"]) == (503, "close")
+            assert answer.body.count(b"\n") == 1 and b"-maxconns" in answer.body
+            assert silent.closed()
+
+
+def test_who_sends_50_mb_on_a_connection_too_many_reads_the_503(cluster: Make) -> None:
+    server = cluster("-maxconns", "8").server
+    with contextlib.ExitStack() as stack:
+        inside, *_ = fill_up(stack, server, 8)
+        outside = stack.enter_context(Wire(server.port))
+        outside.send(request("PUT", "/k", bytes(50 * MB)))  # fails if it is reset
+        assert outside.answer().status == 503
+        assert outside.closed()
+        inside.send(request("GET", "/k"))
+        assert inside.answer().status == 404
+
+
+def test_when_a_connection_ends_the_next_one_is_taken(cluster: Make) -> None:
+    server = cluster("-maxconns", "3", preamble="mkv.LINGER_TIME = 60").server
+    with contextlib.ExitStack() as stack:
+        wires = fill_up(stack, server, 3)
+        for _ in range(10):  # who was refused and does not go takes nobody's place
+            assert stack.enter_context(Wire(server.port)).answer().status == 503
+        for wire in wires:
+            wire.__exit__()
+            stack.enter_context(until(lambda: enter(server.port)))
+            assert not enter(server.port)
+
+
+def test_what_is_under_way_goes_on_when_no_more_connections_are_taken(cluster: Make) -> None:
+    system = cluster("-maxconns", "2")
+    server, value = system.server, blob("value", 4 * MB)
+    with contextlib.ExitStack() as stack:
+        (kept,) = [stack.enter_context(until(lambda: enter(server.port)))]
+        upload = Upload(server.port, "/k", len(value))
+        upload.send(value[:MB])
+        until(lambda: owned(system) == 1)
+        for _ in range(30):
+            assert not enter(server.port)
+        upload.send(value[MB:])
+        kept.send(request("GET", "/none"))
+        assert kept.answer().status == 404
+        assert upload.answer() == 201
+        kept.send(request("GET", "/k"))
+        assert kept.answer().status == 302
+    assert_copies(system, "/k", value)
+
+
+def test_as_many_connections_are_taken_as_can_have_a_put_each_under_way(cluster: Make) -> None:
+    preamble = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (100, 100))"
+    server = cluster(preamble=preamble).server
+    with contextlib.ExitStack() as stack:
+        wires = fill_up(stack, server, 20)
+        for number, wire in enumerate(wires):
+            wire.send(request("PUT", f"/k{number}", b"value", "X: 1\r\n")[:-2])
+        until(lambda: descriptors(server) >= 80)
+        for wire in wires:
+            wire.send(b"ue")
+        assert [wire.answer().status for wire in wires] == [201] * 20
+
+
+def test_a_crowd_that_is_refused_does_not_take_the_open_files_of_those_that_are_served(
+    cluster: Make,
+) -> None:
+    preamble = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (100, 100))"
+    preamble += "; mkv.LINGER_TIME = 60"
+    server = cluster(preamble=preamble).server
+    with contextlib.ExitStack() as stack:
+        kept = stack.enter_context(until(lambda: enter(server.port)))
+        for _ in range(200):
+            address = "127.0.0.1", server.port
+            stack.enter_context(socket.create_connection(address, timeout=30))
+        kept.send(request("GET", "/none"))  # by the answer to which all those are accepted
+        assert kept.answer().status == 404
+        until(lambda: descriptors(server) < 95)
+        kept.send(request("PUT", "/k", b"value"))
+        assert kept.answer().status == 201
+
+
+# --- security: limits, names ----------------------------------------------------------------------
+
+
+def test_a_head_may_have_a_hundred_fields_and_not_one_more(system: Cluster) -> None:
+    for count, status in ((100, 404), (101, 431)):
+        fields = "".join(f"X-{number}: y\r\n" for number in range(count - 2)) + CLOSE
+        data = request("GET", "/none", b"", fields)
+        assert statuses(raw(system.server.port, data)) == [status], count
+
+
+def test_trailers_without_end_are_408(cluster: Make) -> None:
+    system = cluster(preamble="mkv.BODY_TIME = 0.5")
+    trailers = b"X: y\r\n" * 1000
+    with Wire(system.server.port) as wire:
+        wire.send(request("PUT", "/k", b"", CHUNKED) + b"5\r\nvalue\r\n0\r\n")
+        wire.socket.settimeout(0.01)
+        status = b""
+        while not status:
+            with contextlib.suppress(TimeoutError):
+                wire.send(trailers)
+            with contextlib.suppress(TimeoutError):
+                status = wire.socket.recv(12)
+        assert status == b"HTTP/1.1 408"
+    assert system.server.get("/k") is None
+    until(system.is_clean)
+
+
+NASTY = (
+    ".. . / // \\ %2e%2e %252e%252e %00 \0 \r\n \x7f ~ - = + @ ? # & ; : \" ' * $( ` é 😀 \ufeff"
+)
+NASTY += " svFF .tmp .nginx -/ -6b0108907bf79949 aGVsbG8= a b ../../../etc/passwd " + "k" * 99
+PIECES = [*NASTY.split(" "), " ", "\n"]
+FILE = re.compile(r"/[0-9a-f]{2}/[0-9a-f]{2}(/[A-Za-z0-9+=]+-?)*/[A-Za-z0-9+=]*-[0-9a-f]{16}")
+
+
+def nasty(chance: random.Random, most: int) -> str:
+    return "".join(chance.choice(PIECES) for _ in range(chance.randint(1, most)))
+
+
+def test_no_two_nasty_keys_share_a_file_or_stand_in_each_others_way() -> None:
+    chance, keys, folders = random.Random(5), {}, set()
+    for _ in range(6_000):
+        for key in (("/" + nasty(chance, 12)).encode()[:511], random_key(chance)):
+            path = mkv.key2path(key, WRITE_ID)
+            assert FILE.fullmatch(path) and all(len(part) <= 255 for part in path.split("/")), key
+            assert mkv.path2key(path) == (key, WRITE_ID) and keys.setdefault(path, key) == key
+            folders |= set(itertools.accumulate(path.split("/")[:-1], "{}/{}".format))
+            (location,) = mkv.key2volume(key, ["v:1"], 1, 256)
+            assert re.fullmatch("v:1/sv[0-9A-F]{2}", location)
+    assert len(keys) > 9_000 and not folders & set(keys)
+
+
+def test_no_path_is_taken_for_the_file_of_a_key_that_has_another() -> None:
+    chance, taken = random.Random(6), 0
+    for _ in range(15_000):
+        path = mkv.key2path(random_key(chance), chance.choice(("", WRITE_ID)))
+        for _ in range(chance.randint(0, 2)):
+            cut, end = sorted(chance.choices(range(len(path) + 1), k=2))
+            odd = chance.choice(("", nasty(chance, 2), "/../", path[cut:]))
+            path = path[:cut] + odd + path[end:]
+        with contextlib.suppress(ValueError):
+            key, write_id = mkv.path2key(path)
+            assert mkv.key2path(key, write_id) == path and ".." not in path.split("/")
+            taken += 1
+    assert 1500 < taken < 13_500
+
+
+def test_a_listing_that_lies_makes_no_key_but_of_its_own_file(tmp_path: Path) -> None:
+    right = mkv.key2path(b"/k", WRITE_ID)
+    names = [*PIECES, "../../../etc/passwd", "x" * 9999, f"..{right}", f"/../..{right}", right[4:]]
+    rows = [{"name": name, "type": "file", "size": 5} for name in names]
+    listing = json.dumps(rows).encode()
+    head = f"HTTP/1.1 200 OK\r\nContent-Length: {len(listing)}\r\n{CLOSE}\r\n"
+    liar = Liar(head.encode() + listing, None)
+    command = [sys.executable, HERE / "mkv.py", "rebuild", "-volumes", liar.name]
+    command += ["-replicas", "1", "-subvolumes", "1", "-db", tmp_path / "index", "-adopt-garbage"]
+    try:
+        ended = subprocess.run(command, capture_output=True, timeout=60)
+    finally:
+        liar.close()
+    assert ended.returncode == 1, ended.stderr
+    findings = [json.loads(line)["finding"] for line in ended.stdout.splitlines()]
+    assert findings == ["name"] * (257 * len(names) - 1)
+    with opened(tmp_path / "index") as index:
+        assert index.count() == (1, 0)
+        assert index.look(b"/k").record.replicas == (mkv.Replica(liar.name, WRITE_ID),)
+
+
+def test_nasty_keys_are_stored_each_in_a_file_of_its_own(system: Cluster) -> None:
+    chance, values, before = random.Random(7), {}, system.files()
+    outside = {path for path in system.folder.rglob("*") if ".nginx" not in str(path)}
+    for number in range(150):
+        text = "/" + nasty(chance, 8)
+        if number % 2:  # some bytes as they are, the rest escaped, some twice
+            text = "/nasty" + "".join(chance.choice((c, quote(c))) for c in text)
+        target = re.sub(r"[?#%\x00-\x20\x7f-\U0010ffff]", lambda c: quote(c[0]), text)
+        key = unquote_to_bytes(target)
+        if len(key) > 1 and key not in values:
+            put = request("PUT", target, b"%d" % number, CLOSE)
+            assert statuses(raw(system.server.port, put)) == [201], target
+            values[key] = target, b"%d" % number
+    assert len(values) > 100
+    files = system.files() - before
+    assert len(files) == 3 * len(values)
+    assert all(FILE.fullmatch(re.sub(r"^[0-9.:]+/sv0[0-9]", "", path)) for path in files)
+    new = {path for path in system.folder.rglob("*") if ".nginx" not in str(path)} - outside
+    drives = re.compile(r"volume\d/sv0\d/[0-9a-f]{2}(/.*)?")
+    assert all(drives.fullmatch(str(path.relative_to(system.folder))) for path in new)
+    for key, (target, value) in values.items():
+        got = raw(system.server.port, request("GET", target, b"", CLOSE))
+        location = re.search(rb"\r\nLocation: http://127.0.0.1:(\d+)([\x21-\x7e]+)\r\n", got)
+        assert call(int(location[1]), "GET", location[2].decode()).body == value, key
+        delete = request("DELETE", target, b"", CLOSE)
+        assert statuses(raw(system.server.port, delete)) == [204]
+    until(lambda: system.files() == before)
+
+
+# --- security: the example of the README ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("tls", [False, True], ids=["plain", "TLS"])
+def test_the_locked_down_example_of_the_readme_works(tmp_path: Path, tls: bool) -> None:
+    if not shutil.which("curl") or not shutil.which("openssl"):
+        pytest.skip("needs curl and openssl")
+    chapter = (HERE / "README.md").read_text().split("\n## Security\n")[1].split("\n## ")[0]
+    keys, volume, index, client, *fronts = re.findall(r"```\n(.*?)```", chapter, re.S)
+    port, inner, front, outer = free_ports(4)
+    hosts = {"a": "127.0.0.2", "b": "127.0.0.3", "c": "127.0.0.4"}
+
+    def here(text: str, host: str = "127.0.0.1") -> str:
+        """The text with this machine's addresses, ports and folders."""
+        table = {f"{name}:3001": f"{address}:{inner}" for name, address in hosts.items()}
+        table |= {"https://a:": f"https://{hosts['a']}:", "listen ": f"listen {host}:"}
+        table |= {"https://index:3000": f"https://127.0.0.1:{front}", "index": "127.0.0.1"}
+        table |= {"pipx run uv run mkv.py": f"{sys.executable} {HERE / 'mkv.py'}"}
+        table |= {"./volume.sh": f"HOST={host} {HERE / 'volume.sh'}", "/data": f"{tmp_path}/{host}"}
+        table |= {"/var/lib/mkv": f"{tmp_path}/index", "/etc/ssl": str(tmp_path)}
+        table |= {"10.0.0.1": "127.0.0.1", "127.0.0.1:3001": f"{host}:{inner}"}
+        table |= {"3000": str(port), "3001": str(inner), "3443": str(outer), "443 ": f"{front} "}
+        return re.sub("|".join(map(re.escape, table)), lambda found: table[found[0]], text)
+
+    def bash(script: str, **options: Any) -> subprocess.Popen:
+        command = ["bash", "-euc", script]
+        return subprocess.Popen(command, cwd=tmp_path, start_new_session=True, **options)
+
+    assert bash(here(keys)).wait(30) == 0
+    index = index.rstrip() + " -bind 127.0.0.1" * tls
+    processes = [bash(here(index)), *(bash(here(volume, host)) for host in hosts.values())]
+    try:
+        if tls:
+            certify = "openssl req -x509 -newkey rsa:2048 -nodes -subj /CN=mkv"
+            shell("bash", "-c", f"cd {tmp_path}; {certify} -keyout mkv.key -out mkv.crt")
+            servers = here(fronts[0]) + "".join(here(fronts[1], host) for host in hosts.values())
+            work = "access_log off; client_body_temp_path body; proxy_temp_path proxy;\n"
+            user = "" if os.geteuid() else "user root;"
+            config = f"daemon off; pid pid; {user} events {{}} http {{ {work} {servers} }}"
+            (tmp_path / "nginx.conf").write_text(config)
+            nginx = f"nginx -p {tmp_path} -e stderr -c nginx.conf"
+            processes.append(bash(f"PATH=$PATH:/usr/sbin; exec {nginx}"))
+            client = client.replace("http://", "https://").replace("curl ", "curl -k ")
+            client = client.replace("https://a:3001", "https://a:3443")
+            client += (
+                "curl -k -u admin:$(cat password) -X DELETE -w '%{http_code}' https://a:3443/x"
+            )
+        ends = [("127.0.0.1", each) for each in (port, front)[: 1 + tls]]
+        ends += [(host, each) for host in hosts.values() for each in (inner, outer)[: 1 + tls]]
+        for end in ends:
+            until(lambda end=end: socket.socket().connect_ex(end) == 0)
+        asked = bash(here(client), stdout=subprocess.PIPE)
+        out, _ = asked.communicate(timeout=60)
+        assert asked.returncode == 0 and out.startswith(b"401\n401\n"), out
+        assert out.endswith(b"403") == tls  # the front of a volume lets nobody write
+    finally:
+        for process in processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGTERM)
+            process.wait(30)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,10 @@
 # One volume: nginx in the foreground, serving a folder. PORT=3001 ./volume.sh /data/volume1
 # PORT (3001), HOST (all interfaces), SUBVOLUMES (10: sv00 to sv09, each of which may be a mount),
 # ALLOW (everybody): addresses or networks, separated by blanks, only from which may be written.
+# AUTH (everybody): a file of user:hash lines, who may come in. SECRET: a link signed with it may be read.
 # "volume.sh demo URL COMMAND…" is for mkv.py: three volumes, and COMMAND for as long as it runs.
 set -euo pipefail
-PORT=${PORT:-3001} HOST=${HOST:-} SUBVOLUMES=${SUBVOLUMES:-10} ALLOW=${ALLOW:-}
+PORT=${PORT:-3001} HOST=${HOST:-} SUBVOLUMES=${SUBVOLUMES:-10} ALLOW=${ALLOW:-} AUTH=${AUTH:-} SECRET=${SECRET:-}
 die() { echo "volume.sh: $*" >&2; exit 2; }
 
 if [ "${1:-}" = demo ]; then
@@ -35,6 +36,11 @@ for address in $ALLOW; do
   [[ $address =~ ^[0-9A-Fa-f]*[.:][0-9A-Fa-f.:]+(/[0-9]+)?$ ]] || die "ALLOW=$ALLOW is not addresses with blanks between"
   allow+=" $address 1;"
 done
+if [ -n "$AUTH" ]; then
+  users=$(cat "$AUTH" 2>/dev/null) || die "cannot read AUTH=$AUTH"
+  [[ $users == *?:?* ]] || die "AUTH=$AUTH has no line of user:hash"
+elif [ -n "$SECRET" ]; then die "SECRET protects nothing without AUTH"; fi
+[[ $SECRET =~ ^([A-Za-z0-9_.+/=-]{16,})?$ ]] || die "SECRET is 16 or more letters, digits or _.+/=-"
 PATH=$PATH:/usr/sbin:/usr/local/sbin
 command -v nginx >/dev/null || die "nginx is not installed (apt-get install nginx)"
 (: <"/dev/tcp/${HOST:-127.0.0.1}/$PORT") 2>/dev/null && die "port $PORT is taken"
@@ -64,10 +70,20 @@ for ((i = 0; i < SUBVOLUMES && SUBVOLUMES > 1; i++)); do
   else echo "volume.sh: cannot write to $root/$sv: it is left out and answers 503" >&2; fi
 done
 
+[ -z "$AUTH" ] || template=${template//#AUTH/}
+[ -z "$SECRET" ] || template=${template//#SECRET/}
 config=$(grep -v '^#' <<<"$template")
 config=${config//@SUBVOLUMES@/$subvolumes}
 config=${config//@USER@/$user}
 config=${config//@LISTEN@/${HOST:+$HOST:}$PORT}
 config=${config//@ALLOW@/$allow}
-printf '%s\n' "${config//@ROOT@/$root}" >"$root/.nginx/nginx.conf"
+config=${config//@ROOT@/$root}
+
+# Neither the users nor the secret are for others to read, nor for a file that others have open.
+rm -f "$root/.nginx/nginx.conf" "$root/.nginx/auth"
+(umask 077 && printf '%s\n' "${config//@SECRET@/$SECRET}" >"$root/.nginx/nginx.conf")
+if [ -n "$AUTH" ]; then  # a copy: the workers, which read it, may be another user
+  (umask 077 && printf '%s\n' "$users" >"$root/.nginx/auth")
+  own "$root/.nginx/auth"
+fi
 exec nginx -p "$root/.nginx" -e stderr -c "$root/.nginx/nginx.conf"
