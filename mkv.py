@@ -12,8 +12,6 @@ import argparse
 import asyncio
 import base64
 import contextlib
-import fcntl
-import functools
 import hashlib
 import json
 import logging
@@ -26,6 +24,8 @@ import sys
 import time
 from collections import Counter, defaultdict, namedtuple
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from fcntl import LOCK_EX, LOCK_NB, LOCK_SH, lockf
+from functools import lru_cache
 from http import HTTPStatus
 from itertools import islice
 from pathlib import Path
@@ -59,7 +59,7 @@ def require(condition: Any, status: int, reason: str, fields: str = "") -> None:
 # --- placement ------------------------------------------------------------------------------------
 # Where a key's files lie, in minikeyvalue's layout. Pure. A location is "host:port" (a volume) or
 # "host:port/svXX"; a write id is 16 hex digits: 8 of seconds since 1970, 8 that tell writers apart.
-@functools.lru_cache(1 << 12)
+@lru_cache(4096)
 def key2path(key: bytes, write_id: str = "") -> str:
     """The path of a key's file: two bytes of its md5, its base64, and its write id, if any."""
     digest, name = hashlib.md5(key).hexdigest(), base64.b64encode(key).decode()
@@ -88,7 +88,6 @@ def key2volume(key: bytes, volumes: Sequence[str], replicas: int, subvolumes: in
 # --- record ---------------------------------------------------------------------------------------
 # What the index knows of a key: [DELETED][HASH<32 hex>]<location>,<location>@<id>,…[ <size> <id>]
 # Without size and id it is minikeyvalue's record, byte for byte. Pure.
-
 RECORD = re.compile(r"(DELETED)?(?:HASH([0-9a-f]{32}))?([^ ]*)(?: ([0-9]+)(?: ([0-9a-f]{16}))?)?")
 Replica = namedtuple("Replica", "location write_id")  # one file of a key
 
@@ -107,7 +106,7 @@ class Record(NamedTuple):
         return f"{mark}{','.join(files)}{size}".encode()
 
 
-@functools.lru_cache(1 << 12)
+@lru_cache(4096)
 def parse_record(text: bytes) -> Record:  # the inverse of Record.text(). 500
     match = RECORD.fullmatch(text.decode(errors="replace"))
     require(match, 500, f"unreadable record: {text!r}")
@@ -130,7 +129,7 @@ class Row(NamedTuple):  # a key in both tables; each operation returns the new r
     def claim(self, owner: str, where: list, now: float, old: Record, keep: Any = ()) -> tuple:
         """Lock a key, list files to be made: their write id, newer than all, or as what is kept."""
         live = self.record.replicas and not self.record.deleted
-        require(self.owner == "", 409, "another PUT or REBALANCE of this key is under way")
+        require(not self.owner, 409, "another PUT or REBALANCE of this key is under way")
         require(old.replicas or not live, 403, "key exists: DELETE it first")
         newest = max((r.write_id for r in self.replicas + self.record.replicas), default="")
         age = old.write_id[:8] if keep else f"{max(int(now), 1 + int('0' + newest[:8], 16)):08x}"
@@ -179,7 +178,8 @@ class Row(NamedTuple):  # a key in both tables; each operation returns the new r
 class Index:
     """LMDB in a folder, for many processes: each locks a byte of the file "alive" all its life."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, create: bool = True) -> None:
+        require(create or (path / "data.mdb").exists(), 404, "no index there")
         path.mkdir(parents=True, exist_ok=True)
         self.env = lmdb.open(str(path), map_size=1 << 40, max_dbs=2, max_readers=4096)
         self.keys, self.journal = self.env.open_db(b"keys"), self.env.open_db(b"journal")
@@ -188,14 +188,14 @@ class Index:
         self.process = os.urandom(7).hex()
         require(self.take(self.process), 503, "a rebuild is under way")
 
-    def take(self, name: str, count: int = 1, how: int = fcntl.LOCK_EX) -> bool:  # a lock, for good
-        with contextlib.suppress(BlockingIOError):  # False: another process has it
-            fcntl.lockf(self.alive, how | fcntl.LOCK_NB, count, int(name[:14], 16))
+    def take(self, name: str, count: int = 1, how: int = LOCK_EX | LOCK_NB) -> bool:
+        with contextlib.suppress(BlockingIOError):  # False: another process has that lock
+            lockf(self.alive, how, count, int(name[:14], 16))
             return True
         return False
 
     async def evict(self, key: bytes, owner: str) -> None:  # a claim whose process is dead
-        if owner and not owner.startswith(self.process) and self.take(owner, how=fcntl.LOCK_SH):
+        if owner and owner[:14] != self.process and self.take(owner, how=LOCK_SH | LOCK_NB):
             await self.do(Row.settle, key, owner, ())
 
     def look(self, key: bytes, txn: lmdb.Transaction | None = None) -> Row:
@@ -263,10 +263,7 @@ class Index:
 # --- http -----------------------------------------------------------------------------------------
 # HTTP/1.1 by hand (RFC 9112). What could be read in two ways is refused, and nothing after it is
 # understood: so no request is smuggled past a proxy. Parsing needs no sockets.
-
-REQUEST = re.compile(
-    rb"([A-Z]+) (?:http://[^/?#\0- \x7f]*)?(/[^?#\0- \x7f]*)(?:\?([^#\0- \x7f]*))? HTTP/1\.([01])"
-)
+REQUEST = re.compile(rb"([A-Z]+) (?:http://[^/?# ]*)?(/[^?# ]*)(?:\?([^# ]*))? HTTP/1\.([01])")
 STATUS = re.compile(rb"HTTP/1\.[01] ([2-5][0-9][0-9])(?: .*)?")
 FIELD = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([\t\x20-\x7e\x80-\xff]*)")
 CHUNK = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?\r\n")
@@ -281,7 +278,8 @@ Request = namedtuple("Request", "method path query fields length waits close")
 def parse_head(pattern: re.Pattern, head: bytes) -> tuple[re.Match, dict, int | None, bool]:
     """First line, fields by lower-case name, body length (None: chunked), last? 400, 431, 501."""
     (line, *lines), fields = head[:-4].split(b"\r\n"), {}
-    require(first := pattern.fullmatch(line), 400, "malformed first line")
+    first = None if re.search(rb"[\0-\x1f\x7f]", line) else pattern.fullmatch(line)
+    require(first, 400, "malformed first line")
     require(len(lines) <= MAX_FIELDS, 431, f"a head has at most {MAX_FIELDS} fields")
     for line in lines:
         match = FIELD.fullmatch(line)  # not folded, no space before the colon, no bare CR or LF
@@ -342,6 +340,7 @@ async def read_body(reader: Any, length: int | None, seconds: float, asked: Any 
             if not left:
                 while (line := await reader.readuntil(b"\r\n")) != b"\r\n":
                     require(FIELD.fullmatch(line[:-2]), 400, "malformed trailer")
+                    await asyncio.sleep(0)  # for the others
                 return
             piece = await reader.read(min(left, READ_AHEAD))
             require(piece, 400, "the body ended early")
@@ -359,29 +358,28 @@ class Connection:  # of a client: its requests are answered one after the other
 
     async def converse(self) -> None:
         full = len(self.store.connections) >= self.store.flags.maxconns
-        self.store.connections |= set() if full else {self}
+        (crowd := self.store.refused if full else self.store.connections).add(self)
         try:
             while not self.closing:
                 await self.serve(full)
             self.writer.write_eof()  # close() at once would reset the answer away
-            async with asyncio.timeout(TICK if full else LINGER_TIME):
+            async with asyncio.timeout(TICK * (len(crowd) < 32) if full else LINGER_TIME):
                 while await self.reader.read(READ_AHEAD):
                     pass
             self.writer.close()
         except (OSError, EOFError, RuntimeError):  # the client is gone, or might as well be
             self.writer.transport.abort()
         finally:
-            self.store.connections.discard(self)
+            crowd.discard(self)
 
     async def serve(self, full: bool) -> None:
         """Answer a request. EOFError, OSError when the client is idle or does not take it."""
         method, path, close, rest, self.busy = "-", b"-", True, (), False
         async with asyncio.timeout(IDLE_TIME):
             await self.writer.drain()
-            first, began = full or await self.reader.read(1), time.monotonic()
-        self.busy, self.closing = bool(first), not first
-        if self.closing:
-            return
+            await asyncio.sleep(0)  # for the others
+            first = b"" if full else await self.reader.readexactly(1)
+        self.busy, began = True, time.monotonic()
         try:
             require(not full, 503, "too many connections: see -maxconns")
             async with asyncio.timeout(HEAD_TIME):
@@ -479,7 +477,8 @@ class Volumes:  # what is known of them; a location that answers is trusted for 
                 answer = await reader.readuntil(b"\r\n\r\n")
             first, _, length, close = parse_head(STATUS, answer)
             status = int(first[1])
-            self.mark(volume, "it answers 401" if status == 401 and not auth else "")
+            if not auth:  # what a stranger is told says nothing of the volume
+                self.mark(volume, "it answers 401" if status == 401 else "")
             if status >= 500 or verb == "PUT":
                 self.mark(place + "/", "" if status == 201 else f"it answers {status}")
             if status < 300:
@@ -503,11 +502,10 @@ class Volumes:  # what is known of them; a location that answers is trusted for 
 
     async def request(self, *what: Any) -> tuple[int, int | None]:
         """Status, or 0, and length of an answer to what exchange() takes."""
-        try:
+        with contextlib.suppress(HTTPError):
             async with self.exchange(*what) as (status, length, _):
                 return status, length
-        except HTTPError:
-            return 0, None
+        return 0, None
 
     async def read(self, location: str, path: str) -> Pieces:  # of a file, streamed. 503
         async with self.exchange("GET", location, path) as (status, _, pieces):
@@ -544,9 +542,9 @@ class Volumes:  # what is known of them; a location that answers is trusted for 
 
     def link(self, location: str, path: str) -> str:  # for readers, signed for nginx's secure_link
         link, until = location + path, int(time.time() + self.expiry)
-        proof = hashlib.md5(f"{until}/{link.partition('/')[2]} {self.secret}".encode()).digest()
-        query = f"?md5={base64.urlsafe_b64encode(proof)[:22].decode()}&expires={until}"
-        return link + query * bool(self.secret)
+        text = f"{until}/{link.partition('/')[2]} {self.secret}".encode(errors="surrogateescape")
+        proof = self.secret and base64.urlsafe_b64encode(hashlib.md5(text).digest())[:22].decode()
+        return f"{link}?md5={proof}&expires={until}" if proof else link
 
     def trusts(self, location: str, path: str) -> bool:  # a GET; it is asked again in good time
         self.pool(location.partition("/")[0])
@@ -566,8 +564,8 @@ class Volumes:  # what is known of them; a location that answers is trusted for 
 class Store:  # an index, volumes, and the flags that say how to use them
     def __init__(self, flags: argparse.Namespace, index: Index) -> None:
         self.flags, self.index, self.volumes = flags, index, Volumes(flags)
-        self.connections, self.draining, self.counters, self.logins = set(), False, Counter(), {}
-        rank = functools.lru_cache(1 << 12)(key2volume)
+        self.connections, self.refused, self.known, self.counters = set(), set(), {}, Counter()
+        rank, self.gate, self.draining = lru_cache(4096)(key2volume), asyncio.Semaphore(8), False
         self.ranking = lambda key: rank(key, flags.volumes, 256, flags.subvolumes)
         self.pause, self.ticked = min(5.0, flags.grace / 2 + 0.05), time.monotonic()  # of sweep()
 
@@ -591,18 +589,20 @@ class Store:  # an index, volumes, and the flags that say how to use them
 
     async def log_in(self, request: Request) -> None:
         """With -basicauth: let in whom a volume lets in that lets in not everybody. 401, 503."""
-        given = request.fields.get(b"authorization", b"")
-        proof, free = hashlib.sha256(given).digest(), request[1:3] == (b"/", b"health")
-        if free or not self.flags.basicauth or self.logins.get(proof, 0.0) > time.monotonic():
+        given, free = request.fields.get(b"authorization", b""), request[1:3] == (b"/", b"health")
+        proof, now = self.flags.basicauth and hashlib.sha256(given).digest(), time.monotonic()
+        if free or not proof or self.known.get(proof, 0.0) > now:
             return
         login = re.fullmatch(rb"(?i:basic) ([0-9A-Za-z+/]{1,2000}={0,2})", given)
         lines = "", f"Authorization: Basic {login[1].decode()}\r\n" if login else ""
         for volume in sorted(self.flags.volumes, key=self.volumes.down.__contains__):
             asks = [self.volumes.request("HEAD", f"{volume}/login", "", None, it) for it in lines]
-            told = [status for status, _ in await asyncio.gather(*asks)]
+            async with self.gate:  # not all at once: nginx hashes slowly, and has other work
+                told = [status for status, _ in await asyncio.gather(*asks)]
             require(told != [401, 401], 401, "user and password, please", DEMAND)
             if told == [401, 404]:
-                self.logins[proof] = time.monotonic() + LOGIN_TIME
+                self.known = {p: t for p, t in self.known.items() if t > now}
+                self.known[proof] = now + LOGIN_TIME
                 return
         raise HTTPError(503, "no volume can check the credentials")
 
@@ -920,7 +920,8 @@ def parse_flags(parser: argparse.ArgumentParser) -> argparse.Namespace:
         ("userpass", str, os.environ.get("MKV_USERPASS", ""), "user:password, for the volumes"),
         ("basicauth", None, False, "let in only whom the volumes let in"),
         ("expiry", duration, 3600.0, "how long redirects are good that are signed, by $MKV_SECRET"),
-        ("maxconns", int, os.sysconf("SC_OPEN_MAX") // 5, "connections of clients"),
+        ("workers", int, 1, "processes that share port and index"),
+        ("maxconns", int, min(os.sysconf("SC_OPEN_MAX") // 5, 1 << 20), "connections of clients"),
         ("protect", None, False, "UNLINK before DELETE"),
         ("v", None, False, "log every request"),
         ("deep", None, False, "verify, rebalance: compare the MD5 of every replica, too"),
@@ -931,8 +932,8 @@ def parse_flags(parser: argparse.ArgumentParser) -> argparse.Namespace:
         parser.add_argument(f"-{name}", f"--{name}", help=text, **how)
     flags = parser.parse_args()
     flags.bind = flags.bind or ("127.0.0.1" if flags.volumes is DEMO else "0.0.0.0")
-    limits = {"port": 65535, "subvolumes": 256, "replicas": len(flags.volumes), "maxconns": 1 << 20}
-    for name, most in limits.items():
+    limits = {"port": 65535, "subvolumes": 256, "replicas": len(flags.volumes), "workers": 256}
+    for name, most in (limits | {"maxconns": 1 << 20}).items():
         if not 1 <= getattr(flags, name) <= most:
             parser.error(f"-{name} is 1 to {most}")
     return flags
@@ -941,10 +942,11 @@ def parse_flags(parser: argparse.ArgumentParser) -> argparse.Namespace:
 def listen(flags: argparse.Namespace, index: Index) -> socket.socket:
     """A socket at the port, which only servers of the same index share. OSError."""
     name = hashlib.md5(f"{flags.bind}:{flags.port}".encode()).hexdigest()
-    shared, family = not index.take(name), socket.AF_INET6 if ":" in flags.bind else socket.AF_INET
+    shared = not index.take(name) and index.take(name, how=LOCK_SH)  # when it is bound
+    family = socket.AF_INET6 if ":" in flags.bind else socket.AF_INET
     listener = socket.create_server((flags.bind, flags.port), family=family, reuse_port=shared)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)  # from now on
-    index.take(name, how=fcntl.LOCK_SH)
+    index.take(name, how=LOCK_SH)
     return listener
 
 
@@ -959,7 +961,7 @@ async def serve(store: Store, listener: socket.socket) -> None:
     await next(asyncio.as_completed(jobs))  # raises what ended a job
     server.close()
     store.draining, began = True, time.monotonic()
-    with queue, contextlib.suppress(BlockingIOError):
+    with queue, contextlib.suppress(OSError):  # it is empty, or there are too many
         while time.monotonic() < began + DRAIN_TIME:
             streams = await asyncio.open_connection(sock=queue.accept()[0], limit=MAX_HEAD)
             asyncio.create_task(opened(*streams))
@@ -974,15 +976,13 @@ def main() -> None:
     flags = parse_flags(parser)
     logging.basicConfig(format="%(asctime)s %(message)s", level="DEBUG" if flags.v else "INFO")
     at, names = f"http://{flags.bind}:{flags.port}", ",".join(flags.volumes)
-    if flags.volumes is DEMO and flags.command == "server":  # start these volumes, then this again
-        script = str(Path(__file__).with_name("volume.sh"))
-        again = [sys.executable, *sys.argv, "-bind", flags.bind, "-volumes", names]
-        os.environ["SUBVOLUMES"] = f"{flags.subvolumes}"
-        os.execv(script, [script, "demo", at, *again])
+    if flags.command == "server" and (flags.volumes is DEMO or flags.workers > 1):
+        os.environ |= {"SUBVOLUMES": f"{flags.subvolumes}", "WORKERS": f"{flags.workers}"}
+        script = str(Path(__file__).with_name("volume.sh"))  # it starts this again, as often
+        again = [sys.executable, *sys.argv, "-workers=1", "-bind", flags.bind, "-volumes", names]
+        os.execv(script, [script, "demo" if flags.volumes is DEMO else "servers", at, *again])
     try:
-        found = flags.command in ("server", "rebuild") or (flags.db / "data.mdb").exists()
-        require(found, 404, "no index there")
-        index = Index(flags.db)
+        index = Index(flags.db, flags.command in ("server", "rebuild"))
         require(flags.command != "rebuild" or index.take("0", 0), 503, "another process uses it")
         listener = listen(flags, index) if flags.command == "server" else None
     except (OSError, lmdb.Error, HTTPError) as error:

@@ -240,7 +240,12 @@ class Server:
         return self.process.wait(30)
 
     def kill(self) -> None:
+        workers = descendants(self.process.pid)
         self.stop(signal.SIGKILL)
+        for pid in workers:  # if there are any, they serve on
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        until(lambda: all(map(ended, workers)))
 
     def call(self, method: str, path: str, body: Any = None, **fields: str) -> Reply:
         """A request; keyword arguments are header fields, Content_MD5="…"."""
@@ -3208,7 +3213,12 @@ def assert_copies(system: Cluster, path: str, value: bytes, count: int = 3) -> l
 
 def descriptors(server: Server) -> int:
     """How many files and sockets a server has open."""
-    return len(list(Path(f"/proc/{server.process.pid}/fd").iterdir()))
+    return open_files(server.process.pid)
+
+
+def open_files(pid: int) -> int:
+    """How many files and sockets a process has open."""
+    return len(list(Path(f"/proc/{pid}/fd").iterdir()))
 
 
 def cpu(server: Server) -> float:
@@ -4376,8 +4386,10 @@ class Historian(threading.Thread):
             self.wrong.append((method, key, reply))
 
 
-def test_histories_under_fire_are_linearizable(cluster: Make) -> None:
-    system = cluster("-replicas", "2", "-voltimeout", "150ms", volumes=4, subvolumes=2)
+@pytest.mark.parametrize("workers", [1, 2])
+def test_histories_under_fire_are_linearizable(cluster: Make, workers: int) -> None:
+    flags = "-replicas", "2", "-voltimeout", "150ms", "-workers", str(workers)
+    system = cluster(*flags, volumes=4, subvolumes=2)
     keys, dice, deadline = ["/a", "/b", "/c", "/d"], random.Random(), time.monotonic() + 10
     clients = [Historian(system.server, n, keys, deadline) for n in range(10)]
 
@@ -4394,6 +4406,8 @@ def test_histories_under_fire_are_linearizable(cluster: Make) -> None:
             ailing.pop()()
         elif dice.random() < 0.4:
             restart(system)
+        elif workers > 1 and dice.random() < 0.5:
+            kill_a_worker(system.server)
         else:
             volume = dice.choice(system.volumes)
             ailing.append(ail(dice.choice(["dead", "frozen"]), volume, lambda *_: None))
@@ -4427,6 +4441,123 @@ def name_in(body: bytes) -> str:
     times, rest = divmod(len(body), len(name))
     whole = times in (1, 100, 20_000) and not rest and body == name * times
     return (name if whole else body).decode()
+
+
+# --- workers --------------------------------------------------------------------------------------
+
+
+def workers_of(server: Server, count: int = 0) -> set[int]:
+    """The processes that serve, once so many have said that they do since the log was begun."""
+    until(lambda: server.log.read_text().count("mkv is at") >= count)
+    return descendants(server.process.pid)
+
+
+def kill_a_worker(server: Server) -> int:
+    """Kill one; the others go on, and it is started anew."""
+    victim = random.choice(sorted(workers_of(server)))
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(victim, signal.SIGKILL)
+    until(lambda: ended(victim))
+    return victim
+
+
+def ended(pid: int) -> bool:
+    """Whether a process is no more, but for what its parent has to hear of it."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        return not any(Path(f"/proc/{pid}/fd").iterdir())
+    return True
+
+
+def test_workers_share_the_port_and_one_that_is_killed_is_replaced(cluster: Make) -> None:
+    server = cluster("-workers", "3").server
+    first = workers_of(server, 3)
+    assert server.put("/k", b"value") == 201
+    victim = kill_a_worker(server)
+    second = workers_of(server, 4)
+    assert len(second) == 3 and first - second == {victim}
+    with contextlib.ExitStack() as stack:
+        base = {pid: open_files(pid) for pid in second}
+
+        def all_serve() -> bool:
+            """Whether each has got a share of the connections; one more for them."""
+            wire = stack.enter_context(until(lambda: enter(server.port)))
+            wire.send(request("GET", "/k"))
+            assert wire.answer().status == 302
+            return all(open_files(pid) > base[pid] + 5 for pid in second)
+
+        until(all_serve)
+
+
+def test_of_two_writers_of_a_key_in_different_workers_one_gets_409(cluster: Make) -> None:
+    system = cluster("-workers", "2")
+    workers_of(system.server, 2)
+    value = blob("value", MB)
+    upload = Upload(system.server.port, "/k", len(value))
+    upload.send(value[:1000])
+    until(lambda: owned(system) == 1)
+    for _ in range(30):  # on a connection each: to both workers
+        assert system.server.put("/k", b"another") == 409
+    upload.send(value[1000:])
+    assert upload.answer() == 201
+    for _ in range(30):
+        assert system.server.put("/k", b"another") == 403
+        assert system.server.get("/k") == value
+    until(system.is_clean)
+
+
+def test_the_key_of_an_upload_to_a_killed_worker_is_free_at_once(cluster: Make) -> None:
+    system = cluster("-workers", "2")
+    workers_of(system.server, 2)
+    uploads = [Upload(system.server.port, f"/k{n}", 4 * MB) for n in range(20)]
+    for upload in uploads:
+        upload.send(b"x" * MB)
+    until(lambda: owned(system) == 20)
+    kill_a_worker(system.server)
+    broken = 0
+    for number, upload in enumerate(uploads):
+        try:
+            upload.send(b"x" * 3 * MB)
+            assert upload.answer() == 201
+        except OSError:
+            broken += 1
+            assert system.server.put(f"/k{number}", b"x" * 4 * MB) == 201
+    assert broken
+    for number in range(20):
+        assert system.server.get(f"/k{number}") == b"x" * 4 * MB
+    until(system.is_clean)
+
+
+def test_sigterm_lets_all_workers_finish_and_leaves_none(cluster: Make) -> None:
+    system = cluster("-workers", "2")
+    pids = workers_of(system.server, 2)
+    uploads = [Upload(system.server.port, f"/k{n}", 2 * MB) for n in range(10)]
+    for upload in uploads:
+        upload.send(b"x" * MB)
+    until(lambda: owned(system) == 10)
+    system.server.process.send_signal(signal.SIGTERM)
+    until(lambda: not system.server_accepts())
+    for upload in uploads:
+        upload.send(b"x" * MB)
+        assert upload.answer() == 201
+    assert system.server.process.wait(20) == 0
+    assert all(map(ended, pids))
+    assert len(system.tables()[0]) == 10 and system.is_clean()
+
+
+def test_workers_that_cannot_start_end_with_one_reason_and_exit_code_2(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        HERE / "mkv.py",
+        "server",
+        "-workers",
+        "2",
+        "-volumes",
+        "127.0.0.1:1",
+    ]
+    command += ["-replicas", "1", "-db", "/proc/none", "-port", str(*free_ports(1))]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, timeout=30, text=True)
+    assert ended.returncode == 2 and "cannot use -db /proc/none" in ended.stderr
+    assert "Traceback" not in ended.stderr
 
 
 # --- writes that step aside -----------------------------------------------------------------------
@@ -6426,7 +6557,8 @@ def test_secrets_of_a_volume_are_seen_by_nobody_else(
             path.mkdir()
             shutil.chown(path, user or os.geteuid())
         old = folder / ".nginx/nginx.conf"
-        old.touch(0o644)
+        for path in (old, folder / ".nginx/auth"):
+            path.touch(0o644)
         env = os.environ | {"HOST": "127.0.0.1", "PORT": str(port)}
         with (
             (tmp_path / "log").open("wb") as log,
@@ -6758,6 +6890,68 @@ def test_mistakes_in_the_locks_take_one_line(tmp_path: Path) -> None:
     assert not any(tmp_path.iterdir())
 
 
+class Doorman(Liar):
+    """A volume that says 401, and this to whoever shows credentials, but not before `go`."""
+
+    def __init__(self, answer: bytes) -> None:
+        self.inside, self.most, self.go = 0, 0, threading.Event()
+        super().__init__(answer, None)
+
+    def lie(self, wire: socket.socket, answer: bytes, _: bytes | None) -> None:
+        with wire, contextlib.suppress(OSError):
+            while heard := wire.recv(1 << 16):
+                self.asked = True
+                self.inside += 1
+                self.most = max(self.most, self.inside)
+                self.go.wait(10)
+                self.inside -= 1
+                if b"Authorization" in heard and not answer:
+                    return
+                denied = b"HTTP/1.1 401 No\r\nContent-Length: 0\r\n\r\n"
+                wire.sendall(answer if b"Authorization" in heard else denied)
+
+
+@pytest.fixture
+def doorman(tmp_path: Path) -> Iterator[Callable[[bytes], tuple[Doorman, Server]]]:
+    """A volume that gives this answer to whoever shows credentials, and a server that asks it."""
+    opened: list[tuple[Doorman, Server]] = []
+
+    def make(answer: bytes) -> tuple[Doorman, Server]:
+        door = Doorman(answer)
+        flags = "-basicauth", "-volumes", door.name, "-replicas", "1", "-voltimeout", "5s"
+        opened.append((door, Server(tmp_path / "index", *free_ports(1), *flags)))
+        return opened[-1]
+
+    yield make
+    for door, server in opened:
+        server.kill()
+        door.go.set()
+        door.close()
+
+
+@pytest.mark.parametrize("status", [200, 204, 302, 403, 500, None])
+def test_only_404_lets_somebody_in(
+    doorman: Callable[[bytes], tuple[Doorman, Server]], status: int | None
+) -> None:
+    answer = f"HTTP/1.1 {status} X\r\nContent-Length: 0\r\n\r\n" if status else ""
+    door, server = doorman(answer.encode())
+    door.go.set()
+    said = server.call("GET", "/k", **ADMIN)
+    assert said.status == 503 and b"credentials" in said.body and door.asked
+
+
+def test_a_crowd_of_strangers_asks_a_volume_a_few_questions_at_a_time(
+    doorman: Callable[[bytes], tuple[Doorman, Server]],
+) -> None:
+    door, server = doorman(b"HTTP/1.1 401 No\r\nContent-Length: 0\r\n\r\n")
+    with ThreadPoolExecutor(60) as pool:
+        asked = [pool.submit(server.call, "GET", f"/{n}", **basic(f"x:{n}")) for n in range(60)]
+        until(lambda: door.inside >= 8)
+        door.go.set()
+        assert {each.result().status for each in asked} == {401}
+    assert 8 <= door.most <= 16  # two for each: with credentials, and without
+
+
 # --- security: no more connections than there is room for -----------------------------------------
 
 
@@ -6804,7 +6998,7 @@ def test_who_sends_50_mb_on_a_connection_too_many_reads_the_503(cluster: Make) -
 
 
 def test_when_a_connection_ends_the_next_one_is_taken(cluster: Make) -> None:
-    server = cluster("-maxconns", "3", preamble="mkv.LINGER_TIME = 60").server
+    server = cluster("-maxconns", "3", preamble="mkv.LINGER_TIME = mkv.TICK = 60").server
     with contextlib.ExitStack() as stack:
         wires = fill_up(stack, server, 3)
         for _ in range(10):  # who was refused and does not go takes nobody's place
@@ -6863,6 +7057,68 @@ def test_a_crowd_that_is_refused_does_not_take_the_open_files_of_those_that_are_
         until(lambda: descriptors(server) < 95)
         kept.send(request("PUT", "/k", b"value"))
         assert kept.answer().status == 201
+
+
+def test_sigterm_in_a_crowd_lets_an_upload_finish(cluster: Make) -> None:
+    preamble = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (128, 128))"
+    system, value = cluster(preamble=preamble), blob("value", 2 * MB)
+    upload = Upload(system.server.port, "/k", len(value))
+    upload.send(value[:MB])
+    until(lambda: owned(system) == 1)
+    with contextlib.ExitStack() as stack:
+        system.server.process.send_signal(signal.SIGSTOP)
+        for _ in range(300):  # they wait to be accepted
+            wire = stack.enter_context(socket.socket())
+            wire.connect(("127.0.0.1", system.server.port))
+        system.server.process.send_signal(signal.SIGTERM)
+        system.server.process.send_signal(signal.SIGCONT)
+        upload.send(value[MB:])
+        assert upload.answer() == 201
+        assert system.server.process.wait(30) == 0
+    assert "Traceback" not in system.server.log.read_text()
+
+
+@pytest.mark.parametrize("flood", ["requests", "trailers"])
+def test_who_never_stops_asking_holds_nobody_up(system: Cluster, flood: str) -> None:
+    port, over = system.server.port, threading.Event()
+    piece = request("GET", "/?health") * 5000 if flood == "requests" else b"X: y\r\n" * 20_000
+
+    def endless(number: int) -> None:
+        with contextlib.suppress(OSError), Wire(port) as wire:
+            if flood == "trailers":
+                put = request("PUT", f"/t{number}", b"", CHUNKED)
+                wire.send(put + b"5\r\nvalue\r\n0\r\n")
+            reader = threading.Thread(target=read_all, args=(wire.socket,))
+            reader.start()
+            while not over.is_set():
+                wire.send(piece)
+            wire.socket.shutdown(socket.SHUT_RDWR)
+            reader.join()
+
+    def read_all(wire: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while wire.recv(1 << 20):
+                pass
+
+    floods = [threading.Thread(target=endless, args=(number,)) for number in range(3)]
+    deadline = threading.Timer(20, over.set)
+    for each in (*floods, deadline):
+        each.start()
+    try:
+        for number in range(10):
+            assert system.server.put(f"/fair{number}", b"value") == 201
+            assert system.server.call("DELETE", f"/fair{number}").status == 204
+        assert not over.is_set(), "answered only when the flood was over"
+    finally:
+        over.set()
+        deadline.cancel()
+        for each in floods:
+            each.join()
+
+
+def test_a_limit_of_open_files_beyond_all_bounds_is_no_obstacle(cluster: Make) -> None:
+    server = cluster(preamble="import os; os.sysconf = lambda name: 1073741816").server
+    assert server.put("/k", b"value") == 201
 
 
 # --- security: limits, names ----------------------------------------------------------------------

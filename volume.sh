@@ -3,18 +3,19 @@
 # PORT (3001), HOST (all interfaces), SUBVOLUMES (10: sv00 to sv09, each of which may be a mount),
 # ALLOW (everybody): addresses or networks, separated by blanks, only from which may be written.
 # AUTH (everybody): a file of user:hash lines, who may come in. SECRET: a link signed with it may be read.
-# "volume.sh demo URL COMMAND…" is for mkv.py: three volumes, and COMMAND for as long as it runs.
+# "volume.sh servers URL COMMAND…" is for mkv.py: COMMAND, as $WORKERS processes; "demo": beside three volumes.
 set -euo pipefail
 PORT=${PORT:-3001} HOST=${HOST:-} SUBVOLUMES=${SUBVOLUMES:-10} ALLOW=${ALLOW:-} AUTH=${AUTH:-} SECRET=${SECRET:-}
 die() { echo "volume.sh: $*" >&2; exit 2; }
 
-if [ "${1:-}" = demo ]; then
-  (: <"/dev/tcp/127.0.0.1/${2##*:}") 2>/dev/null && die "port ${2##*:} is taken"
+if [ "${1:-}" = demo ] || [ "${1:-}" = servers ]; then
+  at=${2#http://} server=/dev/tcp/${at%:*}/${at##*:}
+  [ "$1" = servers ] || { (: <"$server") 2>/dev/null && die "port ${at##*:} is taken"; }
   set -m  # process groups of their own: Ctrl-C comes to this script alone
-  volumes=() server=
+  volumes=() servers=() status=
   trap 'kill "${volumes[@]}" 2>/dev/null || true; wait' EXIT
-  trap 'kill $server 2>/dev/null || exit 0' HUP INT TERM
-  for port in 3001 3002 3003; do
+  trap 'status=0; kill "${servers[@]}" 2>/dev/null || exit 0' HUP INT TERM
+  for port in $([ "$1" = servers ] || echo 3001 3002 3003); do
     HOST=127.0.0.1 PORT=$port "$0" "mkv-data/volume$port" &
     volumes+=($!)  # nginx will have this pid, and write it when it listens
     until [ "$(cat "mkv-data/volume$port/.nginx/pid" 2>/dev/null)" = $! ]; do
@@ -22,10 +23,24 @@ if [ "${1:-}" = demo ]; then
       sleep 0.02
     done
   done
-  "${@:3}" & server=$!
-  until (: <"/dev/tcp/127.0.0.1/${2##*:}") 2>/dev/null || ! kill -0 "$server" 2>/dev/null; do sleep 0.02; done
-  printf '%s\n' "curl -X PUT -d swag $2/key" "curl -L $2/key" "curl '$2/?list'"
-  while wait "$server" && status=0 || status=$?; kill -0 "$server" 2>/dev/null; do :; done
+  for ((i = 0; i < WORKERS; i++)); do "${@:3}" & servers+=($!); done
+  if [ "$1" = demo ]; then
+    until (: <"$server") 2>/dev/null || ! kill -0 "${servers[0]}" 2>/dev/null; do sleep 0.02; done
+    printf '%s\n' "curl -X PUT -d swag $2/key" "curl -L $2/key" "curl '$2/?list'"
+  fi
+  while [ ${#servers[@]} != 0 ]; do  # a worker that is killed is started anew; if one ends by itself, so do all
+    wait -n "${servers[@]}" || true
+    for i in "${!servers[@]}"; do
+      kill -0 "${servers[i]}" 2>/dev/null && continue
+      wait "${servers[i]}" && ended=0 || ended=$?
+      unset "servers[i]"
+      if [ -z "$status" ] && [ "$WORKERS" != 1 ] && [ "$ended" -gt 128 ]; then "${@:3}" & servers[i]=$!
+      else
+        status=${status:-$ended}
+        kill "${servers[@]}" 2>/dev/null || true
+      fi
+    done
+  done
   exit "$status"
 fi
 [ $# = 1 ] || die "usage: PORT=3001 ./volume.sh /data/volume1"
