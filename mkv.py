@@ -24,7 +24,7 @@ import sys
 import time
 from collections import Counter, defaultdict, namedtuple
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from fcntl import LOCK_EX, LOCK_NB, LOCK_SH, lockf
+from fcntl import LOCK_EX, LOCK_NB, LOCK_SH, LOCK_UN, lockf
 from functools import lru_cache
 from http import HTTPStatus
 from itertools import islice
@@ -184,8 +184,7 @@ class Index:
         self.env = lmdb.open(str(path), map_size=1 << 40, max_dbs=2, max_readers=4096)
         self.keys, self.journal = self.env.open_db(b"keys"), self.env.open_db(b"journal")
         self.queue, self.kept, self.flushing = [], [], None  # jobs; those to be tried again; a task
-        self.alive, self.claims = (path / "alive").open("a+"), iter(range(1, 1 << 62))
-        self.process = os.urandom(7).hex()
+        self.alive, self.process = (path / "alive").open("a+"), os.urandom(7).hex()
         require(self.take(self.process), 503, "a rebuild is under way")
 
     def take(self, name: str, count: int = 1, how: int = LOCK_EX | LOCK_NB) -> bool:
@@ -384,10 +383,9 @@ class Connection:  # of a client: its requests are answered one after the other
             require(not full, 503, "too many connections: see -maxconns")
             async with asyncio.timeout(HEAD_TIME):
                 request = parse_request(first + await self.reader.readuntil(b"\r\n\r\n"))
-            path, close = request.path, request.close or request.length != 0
             require(request.method in METHODS, 405, "no such method", ALLOW)
-            method, asked = request.method, self.writer if request.waits else None
-            body = read_body(self.reader, request.length, BODY_TIME, asked)
+            method, path, close = request.method, request.path, request.close or request.length != 0
+            body = read_body(self.reader, request.length, BODY_TIME, request.waits and self.writer)
             answer = await self.store.answer(request, body)
             if not isinstance(answer, bytes):  # of unknown length: it ends with the connection
                 rest, answer, close = answer, STREAM, close or method == "GET"
@@ -642,7 +640,7 @@ class Store:  # an index, volumes, and the flags that say how to use them
         count = self.flags.replicas - len(keep)
         require(len(able) >= count, 503, f"of {count} volumes needed {len(able)} can be written")
         todo, spare = able[:count], able[count:]
-        owner, write_id = f"{self.index.process}.{next(self.index.claims)}", None
+        owner, write_id = f"{self.index.process}.{os.urandom(7).hex()}", None
         try:
             await self.index.evict(key, self.index.look(key).owner)
             write_id = await self.index.do(Row.claim, key, owner, todo, time.time(), old, keep)
@@ -706,8 +704,7 @@ class Store:  # an index, volumes, and the flags that say how to use them
 
     async def erase(self, key: bytes, replicas: Sequence[Replica], proof: Sequence[int]) -> int:
         """Delete files on volumes that are up. A status in `proof` shows one gone: how many are."""
-        up = [replica for replica in replicas if self.volumes.up(replica.location)]
-        answers = await self.ask("DELETE", key, up)
+        answers = await self.ask("DELETE", key, [r for r in replicas if self.volumes.up(r[0])])
         gone = [replica for replica, (status, _) in answers.items() if status in proof]
         if gone:  # nobody has to wait for that to be on disk
             self.index.do(Row.settle, key, "", gone)
@@ -833,7 +830,8 @@ class Maintenance(Store):  # one run of a command
             walks = [self.descend(place, folder, job) for place in self.places]
             ends = await asyncio.gather(*walks, return_exceptions=True)
             for place, error in [(p, e) for p, e in zip(self.places, ends, strict=True) if e]:
-                require(self.flags.partial, 503, str(error))
+                if not self.flags.partial or not str(error).startswith(place):
+                    raise error
                 self.report("unreachable", location=place, reason=str(error))
                 self.places.remove(place)
             self.done += 1
@@ -942,25 +940,28 @@ def parse_flags(parser: argparse.ArgumentParser) -> argparse.Namespace:
 def listen(flags: argparse.Namespace, index: Index) -> socket.socket:
     """A socket at the port, which only servers of the same index share. OSError."""
     name = hashlib.md5(f"{flags.bind}:{flags.port}".encode()).hexdigest()
-    shared = not index.take(name) and index.take(name, how=LOCK_SH)  # when it is bound
+    shared = index.take(name[14:], how=LOCK_EX) and not index.take(name)  # one start at a time
     family = socket.AF_INET6 if ":" in flags.bind else socket.AF_INET
     listener = socket.create_server((flags.bind, flags.port), family=family, reuse_port=shared)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)  # from now on
     index.take(name, how=LOCK_SH)
+    index.take(name[14:], how=LOCK_UN)
     return listener
 
 
-async def serve(store: Store, listener: socket.socket) -> None:
+async def serve(store: Store, listener: socket.socket, said: str) -> None:
     """Serve until SIGINT or SIGTERM; then finish what is in hand, or has connected already."""
     loop, stop = asyncio.get_running_loop(), asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.set)
     queue, opened = listener.dup(), lambda *streams: Connection(store, *streams).converse()
     server = await asyncio.start_server(opened, sock=listener, limit=MAX_HEAD, backlog=4096)
+    print(said, flush=True)
     jobs = every(store.pause, store.sweep), every(TICK, store.tick), stop.wait()
     await next(asyncio.as_completed(jobs))  # raises what ended a job
     server.close()
     store.draining, began = True, time.monotonic()
+    signal.alarm(10 + DRAIN_TIME)  # kills: a frozen process may hold the lock of the index
     with queue, contextlib.suppress(OSError):  # it is empty, or there are too many
         while time.monotonic() < began + DRAIN_TIME:
             streams = await asyncio.open_connection(sock=queue.accept()[0], limit=MAX_HEAD)
@@ -987,10 +988,9 @@ def main() -> None:
         listener = listen(flags, index) if flags.command == "server" else None
     except (OSError, lmdb.Error, HTTPError) as error:
         parser.error(f"cannot use -db {flags.db} and -port {flags.port}: {error}")
-    if listener:
-        print(f"mkv is at {at}, its index in {flags.db}, its volumes at {names}", flush=True)
-    command = serve(Store(flags, index), listener) if listener else Maintenance(flags, index).run()
-    status = uvloop.run(command)
+    at = f"mkv is at {at}, its index in {flags.db}, its volumes at {names}"
+    job = serve(Store(flags, index), listener, at) if listener else Maintenance(flags, index).run()
+    status = uvloop.run(job)
     index.commit(index.kept + index.queue)  # what nobody waits for
     sys.exit(status)
 

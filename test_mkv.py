@@ -885,7 +885,7 @@ def opened(path: Path) -> Iterator[mkv.Index]:
 
 def new_owner(index: mkv.Index) -> str:
     """A name for one claim, as put() makes them."""
-    return f"{index.process}.{next(index.claims)}"
+    return f"{index.process}.{os.urandom(7).hex()}"
 
 
 async def write(index: mkv.Index, key: bytes, place: str = "v0") -> None:
@@ -953,13 +953,13 @@ def test_walk_goes_through_all_rows_from_a_start_on(tmp_path: Path) -> None:
 
 
 PROCESS = f"""
-import asyncio, sys
+import asyncio, os, sys
 sys.path.insert(0, {str(HERE)!r})
 import mkv
 from pathlib import Path
 
 def new_owner(index):
-    return f"{{index.process}}.{{next(index.claims)}}"
+    return f"{{index.process}}.{{os.urandom(7).hex()}}"
 
 async def write(index, number):
     key, owner = b"/%d" % number, new_owner(index)
@@ -4449,7 +4449,14 @@ def name_in(body: bytes) -> str:
 def workers_of(server: Server, count: int = 0) -> set[int]:
     """The processes that serve, once so many have said that they do since the log was begun."""
     until(lambda: server.log.read_text().count("mkv is at") >= count)
-    return descendants(server.process.pid)
+    return {pid for pid in descendants(server.process.pid) if b"mkv.py" in command_line(pid)}
+
+
+def command_line(pid: int) -> bytes:
+    """What a process was started with; nothing when it has ended."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    return b""
 
 
 def kill_a_worker(server: Server) -> int:
@@ -4544,7 +4551,33 @@ def test_sigterm_lets_all_workers_finish_and_leaves_none(cluster: Make) -> None:
     assert len(system.tables()[0]) == 10 and system.is_clean()
 
 
-def test_workers_that_cannot_start_end_with_one_reason_and_exit_code_2(tmp_path: Path) -> None:
+def test_workers_that_are_killed_at_once_are_all_replaced(cluster: Make) -> None:
+    server = cluster("-workers", "3").server
+    for turn in range(1, 6):
+        pids = workers_of(server, 3 * turn)
+        assert len(pids) == 3
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+    assert len(workers_of(server, 18)) == 3
+    until(lambda: server.put("/k", b"value") in (201, 403))
+
+
+def test_workers_do_not_outlive_who_keeps_them_running(cluster: Make) -> None:
+    server = cluster("-workers", "2").server
+    pids = workers_of(server, 2)
+    server.process.kill()
+    until(lambda: all(map(ended, pids)))
+
+
+def test_a_worker_that_ends_by_itself_ends_all(cluster: Make) -> None:
+    server = cluster("-workers", "3").server
+    pids = workers_of(server, 3)
+    os.kill(min(pids), signal.SIGTERM)
+    assert server.process.wait(20) == 0
+    assert all(map(ended, pids))
+
+
+def test_workers_that_cannot_start_say_why_and_end_with_exit_code_2(tmp_path: Path) -> None:
     command = [
         sys.executable,
         HERE / "mkv.py",
@@ -5040,6 +5073,30 @@ def test_a_server_takes_over_port_and_index_and_no_client_sees_it(cluster: Make)
     assert system.server.put(path, b"value") == 201
     assert new in assert_copies(system, path, b"value")
     until(system.is_clean, 40)
+
+
+def test_servers_that_start_at_once_do_not_join_one_with_another_index(cluster: Make) -> None:
+    system = cluster()
+    command = [sys.executable, HERE / "mkv.py", "server", "-bind", "127.0.0.1"]
+    command += [*system.server.flags, "-port", str(system.server.port), "-db", "other"]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    for _ in range(3):
+        starts = [subprocess.Popen(command, cwd=system.folder, **quiet) for _ in range(5)]
+        assert [start.wait(30) for start in starts] == [2] * 5
+    assert started(system.server.port) == 1
+
+
+def test_a_server_ends_although_a_frozen_process_holds_the_index(cluster: Make) -> None:
+    system = cluster(preamble="mkv.DRAIN_TIME = 1")
+    index = str(system.folder / "index")
+    with lmdb.open(index, max_dbs=2, map_size=1 << 40) as env, env.begin(write=True):
+        upload = Upload(system.server.port, "/k", 5)
+        upload.send(b"value")
+        until(lambda: system.server.metric("mkv_connections") == 2)
+        assert system.server.stop() == -signal.SIGALRM
+    system.server.start()
+    assert system.server.put("/k", b"value") == 201
+    until(system.is_clean)
 
 
 def test_the_port_of_a_server_with_another_index_is_in_use(cluster: Make) -> None:

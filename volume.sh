@@ -13,7 +13,7 @@ if [ "${1:-}" = demo ] || [ "${1:-}" = servers ]; then
   [ "$1" = servers ] || { (: <"$server") 2>/dev/null && die "port ${at##*:} is taken"; }
   set -m  # process groups of their own: Ctrl-C comes to this script alone
   volumes=() servers=() status=
-  trap 'kill "${volumes[@]}" 2>/dev/null || true; wait' EXIT
+  trap 'kill $(jobs -p) 2>/dev/null || true; wait' EXIT
   trap 'status=0; kill "${servers[@]}" 2>/dev/null || exit 0' HUP INT TERM
   for port in $([ "$1" = servers ] || echo 3001 3002 3003); do
     HOST=127.0.0.1 PORT=$port "$0" "mkv-data/volume$port" &
@@ -23,21 +23,23 @@ if [ "${1:-}" = demo ] || [ "${1:-}" = servers ]; then
       sleep 0.02
     done
   done
-  for ((i = 0; i < WORKERS; i++)); do "${@:3}" & servers+=($!); done
+  for ((i = 0; i < WORKERS; i++)); do setpriv --pdeathsig TERM "${@:3}" & servers+=($!); done
   if [ "$1" = demo ]; then
     until (: <"$server") 2>/dev/null || ! kill -0 "${servers[0]}" 2>/dev/null; do sleep 0.02; done
     printf '%s\n' "curl -X PUT -d swag $2/key" "curl -L $2/key" "curl '$2/?list'"
   fi
   while [ ${#servers[@]} != 0 ]; do  # a worker that is killed is started anew; if one ends by itself, so do all
-    wait -n "${servers[@]}" || true
+    sleep 1 & wait -n "${servers[@]}" $! 2>/dev/null || true  # looking every second misses none
     for i in "${!servers[@]}"; do
       kill -0 "${servers[i]}" 2>/dev/null && continue
       wait "${servers[i]}" && ended=0 || ended=$?
       unset "servers[i]"
-      if [ -z "$status" ] && [ "$WORKERS" != 1 ] && [ "$ended" -gt 128 ]; then "${@:3}" & servers[i]=$!
+      if [ -z "$status" ] && [ "$WORKERS" != 1 ] && [ "$ended" -gt 128 ]; then
+        setpriv --pdeathsig TERM "${@:3}" & servers[i]=$!
+        sleep 0.2  # not as fast as it can die
       else
-        status=${status:-$ended}
-        kill "${servers[@]}" 2>/dev/null || true
+        [ -n "$status" ] || kill "${servers[@]}" 2>/dev/null || true
+        [ "${status:-0}" != 0 ] || [ "$status$ended" = 0143 ] || status=$ended  # 143: of a second SIGTERM
       fi
     done
   done
