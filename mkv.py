@@ -904,7 +904,7 @@ def parse_flags(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """The flags, checked, and volumes of its own if none are given."""
     parser.add_argument("command", choices=["server", "rebuild", "rebalance", "verify"])
     for name, kind, default, text in (
-        ("volumes", addresses, DEMO, "host:port,… (without: three of its own, for a look around)"),
+        ("volumes", addresses, DEMO, "host:port,… (without: three of its own, to look around)"),
         ("db", Path, Path("mkv-data/index"), "folder of the index"),
         ("port", int, 3000, "port to listen on"),
         ("bind", str, "", "address to listen on (all; 127.0.0.1 without -volumes)"),
