@@ -741,7 +741,7 @@ class Store:  # an index, volumes, and the flags that say how to use them
         yield f'], "next": {json.dumps(following)}}}\n'.encode()
 
     async def sweep(self, thorough: bool = False) -> None:
-        """Delete garbage older than `grace`, the older the more seldom; evict dead owners."""
+        """Delete garbage past `grace`, evict dead owners. Till `settle` PUTs may land after 404."""
         now, left = time.time(), 0
         for rows in self.index.walk(self.index.journal, b"", 16):
             work = []
@@ -751,7 +751,7 @@ class Store:  # an index, volumes, and the flags that say how to use them
                 if age >= self.flags.grace and not row.owner:
                     left += (n := len(row.replicas))
                     if thorough or random.random() * (age - self.flags.grace) < 8 * self.pause:
-                        proof = (204, 404) if age > self.flags.settle else (204,)  # else: too late
+                        proof = (204, 404) if age > self.flags.settle else (204,)
                         work.append(self.erase(key, random.sample(row.replicas, min(n, 32)), proof))
             left -= sum(await asyncio.gather(*work))
             await asyncio.sleep(0)  # for the others
