@@ -81,8 +81,7 @@ def key2volume(key: bytes, volumes: Sequence[str], replicas: int, subvolumes: in
     """The first `replicas` locations of the key's ranking: by md5(key + volume), highest first."""
     scores = sorted(((hashlib.md5(key + v.encode()).digest(), v) for v in volumes), reverse=True)
     drive = "/sv{:02X}" if subvolumes > 1 else ""
-    numbered = [(v, int.from_bytes(md5[12:], "big") % subvolumes) for md5, v in scores]
-    return [volume + drive.format(number) for volume, number in numbered[:replicas]]
+    return [v + drive.format(int.from_bytes(md5[12:]) % subvolumes) for md5, v in scores[:replicas]]
 
 
 # --- record ---------------------------------------------------------------------------------------
@@ -204,6 +203,9 @@ class Index:
         owner, since, replicas = entry.split(b" ")
         return Row(parse_record(record), owner.decode(), float(since), parse_record(replicas)[0])
 
+    def record(self, key: bytes) -> Record:  # empty if there is none
+        return parse_record(self.env.begin().get(key, b"", db=self.keys))
+
     def count(self) -> tuple[int, int]:  # of keys and journal entries
         return tuple(self.env.begin().stat(t)["entries"] for t in (self.keys, self.journal))
 
@@ -260,20 +262,21 @@ class Index:
 
 
 # --- http -----------------------------------------------------------------------------------------
-# HTTP/1.1 by hand (RFC 9112). What could be read in two ways is refused, and nothing after it is
-# understood: so no request is smuggled past a proxy. Parsing needs no sockets.
+# HTTP/1.1 by hand (RFC 9112). What could be read in two ways is refused, and so is all that comes
+# after it: no request is smuggled past a proxy. Parsing needs no sockets.
 REQUEST = re.compile(rb"([A-Z]+) (?:http://[^/?# ]*)?(/[^?# ]*)(?:\?([^# ]*))? HTTP/1\.([01])")
 STATUS = re.compile(rb"HTTP/1\.[01] ([2-5][0-9][0-9])(?: .*)?")
 FIELD = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([\t\x20-\x7e\x80-\xff]*)")
 CHUNK = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?\r\n")
-TEXT = "Content-Type: text/plain; charset=utf-8\r\n"
-ALLOW = f"Allow: {', '.join(METHODS)}\r\n"
+TEXT, ALLOW = "Content-Type: text/plain; charset=utf-8\r\n", f"Allow: {', '.join(METHODS)}\r\n"
 DEMAND = 'WWW-Authenticate: Basic realm="mkv", charset="UTF-8"\r\n'
+BROKEN = {TimeoutError: (408, "too slow"), asyncio.LimitOverrunError: (431, "too long a line")}
+BROKEN[asyncio.IncompleteReadError] = 400, "the request ended early"
 STREAM = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n\r\n"
-# Path and query (None: no "?") are as sent. length of the body, None: chunked. waits: for a 100.
 Request = namedtuple("Request", "method path query fields length waits close")
 
 
+@lru_cache(256)
 def parse_head(pattern: re.Pattern, head: bytes) -> tuple[re.Match, dict, int | None, bool]:
     """First line, fields by lower-case name, body length (None: chunked), last? 400, 431, 501."""
     (line, *lines), fields = head[:-4].split(b"\r\n"), {}
@@ -294,7 +297,7 @@ def parse_head(pattern: re.Pattern, head: bytes) -> tuple[re.Match, dict, int | 
 
 
 def parse_request(head: bytes) -> Request:
-    """The request with this head; RFC 9112, 3 and 9.6. 400, 431, 501."""
+    """The request; path and query as sent (None: no "?"), length None: chunked. 400, 431, 501."""
     first, fields, length, close = parse_head(REQUEST, head)
     method, path, query, minor = first.groups()
     waits = minor == b"1" and fields.get(b"expect", b"").lower() == b"100-continue"
@@ -312,16 +315,10 @@ def parse_key(path: bytes) -> bytes:  # that the path of a request names. 400, 4
     return key
 
 
+@lru_cache(256)
 def response(status: int, fields: str = "", body: bytes = b"") -> bytes:  # fields end in CR LF
     length = f"Content-Length: {len(body)}\r\n" if status not in (100, 204) else ""
     return f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\n{length}{fields}\r\n".encode() + body
-
-
-def refusal(error: Exception) -> bytes:  # as one line of plain text
-    known = {TimeoutError: (408, "too slow"), asyncio.LimitOverrunError: (431, "too long a line")}
-    known[asyncio.IncompleteReadError] = 400, "the request ended early"
-    error = error if isinstance(error, HTTPError) else HTTPError(*known[type(error)])
-    return response(error.status, TEXT + error.fields, error.reason.encode() + b"\n")
 
 
 async def read_body(reader: Any, length: int | None, seconds: float, asked: Any = None) -> Pieces:
@@ -350,39 +347,51 @@ async def read_body(reader: Any, length: int | None, seconds: float, asked: Any 
         yield piece
 
 
-class Connection:  # of a client: its requests are answered one after the other
-    def __init__(self, store: Any, reader: asyncio.StreamReader, writer: Any) -> None:
-        self.store, self.reader, self.writer, self.closing = store, reader, writer, False
-        writer.transport.set_write_buffer_limits(0)  # drain() waits until all is sent
+class Connection(asyncio.StreamReaderProtocol):  # of a client; requests are answered in order
+    def __init__(self, store: Any) -> None:
+        self.reader, self.store = asyncio.StreamReader(MAX_HEAD), store
+        super().__init__(self.reader, self.converse)
+        self.idle, self.closing, self.due = False, False, time.monotonic() + IDLE_TIME
 
-    async def converse(self) -> None:
-        full = len(self.store.connections) >= self.store.flags.maxconns
-        (crowd := self.store.refused if full else self.store.connections).add(self)
+    def data_received(self, data: bytes) -> None:
+        """Answer at once a GET that came alone and has not to wait; converse() reads all else."""
+        alone = self.idle and data[:4] in (b"GET ", b"HEAD") and not self.reader._buffer
+        alone = alone and data.find(b"\r\n\r\n") == len(data) - 4 < MAX_HEAD and not self.unsent()
+        if not alone or next(self.serve(data).__await__(), True) is not True:  # it has to wait
+            super().data_received(data)
+
+    async def converse(self, reader: asyncio.StreamReader, writer: Any) -> None:
+        self.writer, self.unsent = writer, writer.transport.get_write_buffer_size
+        writer.transport.set_write_buffer_limits(0)  # drain() waits until all is sent
+        self.full = len(self.store.connections) >= self.store.flags.maxconns
+        (crowd := self.store.refused if self.full else self.store.connections).add(self)
         try:
             while not self.closing:
-                await self.serve(full)
-            self.writer.write_eof()  # close() at once would reset the answer away
-            async with asyncio.timeout(TICK * (len(crowd) < 32) if full else LINGER_TIME):
-                while await self.reader.read(READ_AHEAD):
+                await writer.drain()
+                await asyncio.sleep(0)  # for the others
+                self.idle = not self.full
+                first = await reader.readexactly(1) if self.idle else b""
+                self.idle, self.due = False, sys.maxsize
+                await self.serve(first)
+            writer.write_eof()  # close() at once would reset the answer away
+            async with asyncio.timeout(TICK * (len(crowd) < 32) if self.full else LINGER_TIME):
+                while await reader.read(READ_AHEAD):
                     pass
-            self.writer.close()
+            writer.close()
         except (OSError, EOFError, RuntimeError):  # the client is gone, or might as well be
-            self.writer.transport.abort()
+            writer.transport.abort()
         finally:
             crowd.discard(self)
 
-    async def serve(self, full: bool) -> None:
-        """Answer a request. EOFError, OSError when the client is idle or does not take it."""
-        method, path, close, rest, self.busy = "-", b"-", True, (), False
-        async with asyncio.timeout(IDLE_TIME):
-            await self.writer.drain()
-            await asyncio.sleep(0)  # for the others
-            first = b"" if full else await self.reader.readexactly(1)
-        self.busy, began = True, time.monotonic()
+    async def serve(self, head: bytes) -> None:
+        """Answer the request with this head, or with one that begins so. OSError."""
+        method, path, close, rest, began = "-", b"-", True, (), time.monotonic()
         try:
-            require(not full, 503, "too many connections: see -maxconns")
-            async with asyncio.timeout(HEAD_TIME):
-                request = parse_request(first + await self.reader.readuntil(b"\r\n\r\n"))
+            require(not self.full, 503, "too many connections: see -maxconns")
+            if len(head) == 1:
+                async with asyncio.timeout(HEAD_TIME):
+                    head += await self.reader.readuntil(b"\r\n\r\n")
+            request = parse_request(head)
             require(request.method in METHODS, 405, "no such method", ALLOW)
             method, path, close = request.method, request.path, request.close or request.length != 0
             body = read_body(self.reader, request.length, BODY_TIME, request.waits and self.writer)
@@ -391,12 +400,14 @@ class Connection:  # of a client: its requests are answered one after the other
                 rest, answer, close = answer, STREAM, close or method == "GET"
             elif method == "PUT":  # the body is read
                 close = request.close
-        except (HTTPError, TimeoutError, EOFError, asyncio.LimitOverrunError) as error:
-            answer = refusal(error)
-        self.closing = close or self.store.draining
-        if self.closing:
+        except (HTTPError, *BROKEN) as error:
+            error = error if isinstance(error, HTTPError) else HTTPError(*BROKEN[type(error)])
+            answer = response(error.status, TEXT + error.fields, error.reason.encode() + b"\n")
+        if close := close or self.store.draining:
+            await asyncio.sleep(0)  # so data_received() leaves it to converse(), which lingers
             answer = answer.replace(b"\r\n", b"\r\nConnection: close\r\n", 1)
         self.writer.write(answer[: answer.find(b"\r\n\r\n") + 4] if method == "HEAD" else answer)
+        self.closing, self.due = close, time.monotonic() + IDLE_TIME
         status, counters = answer[9:12].decode(), self.store.counters
         counters[f'requests_total{{method="{method}",status="{status}"}}'] += 1
         counters[f'request_seconds_total{{method="{method}"}}'] += time.monotonic() - began
@@ -404,9 +415,9 @@ class Connection:  # of a client: its requests are answered one after the other
         if rest and method == "GET":
             async for piece in rest:
                 self.writer.write(piece)
+                self.due = time.monotonic() + IDLE_TIME
                 await asyncio.sleep(0)  # for the others
-                async with asyncio.timeout(IDLE_TIME):
-                    await self.writer.drain()
+                await self.writer.drain()
 
 
 # --- volumes --------------------------------------------------------------------------------------
@@ -489,9 +500,8 @@ class Volumes:  # what is known of them; a location that answers is trusted for 
                 idle.append(link)
         except (OSError, EOFError, ValueError, RuntimeError, asyncio.LimitOverrunError) as error:
             self.pool(volume, failed=True)
-            lost = [] if link and reader._buffer else [volume]  # it may answer too early
-            lost += [place + "/"] if link and verb == "PUT" else []
-            for name in lost:
+            early = bool(link and reader._buffer)  # it may answer too early
+            for name in [volume] * (not early) + [place + "/"] * (link != () and verb == "PUT"):
                 self.mark(name, str(error) or repr(error))
             raise HTTPError(503, f"{place} does not answer {verb}: {error!r}") from error
         finally:
@@ -505,12 +515,13 @@ class Volumes:  # what is known of them; a location that answers is trusted for 
                 return status, length
         return 0, None
 
-    async def read(self, location: str, path: str) -> Pieces:  # of a file, streamed. 503
+    async def read(self, location: str, path: str) -> Pieces:  # of a file, or a folder if any. 503
         async with self.exchange("GET", location, path) as (status, _, pieces):
             async for piece in pieces:
                 if status == 200:
                     yield piece
-        require(status == 200, 503, f"{location} answers {status} to GET {path}")
+        found = status == 200 or (status == 404 and path.endswith("/"))
+        require(found, 503, f"{location} answers {status} to GET {path}")
 
     async def write(self, path: str, places: list[str], body: Pieces) -> tuple[dict, int, bytes]:
         """PUT a body to all places in one pass: statuses, size, md5. Raises what it raises."""
@@ -580,26 +591,22 @@ class Store:  # an index, volumes, and the flags that say how to use them
             return await self.put(key, request.length, md5, body, Record(), [])
         if verb == "REBALANCE":
             return await self.rebalance(key)
-        hide = verb == "UNLINK"
-        before = await self.index.do(Row.remove, key, hide, self.flags.protect)
-        await self.erase(key, () if hide else before.replicas, (204, 404))
+        old = await self.index.do(Row.remove, key, verb == "UNLINK", self.flags.protect)
+        await self.erase(key, () if verb == "UNLINK" else old.replicas, (204, 404))
         return response(204)
 
-    async def log_in(self, request: Request) -> None:
-        """With -basicauth: let in whom a volume lets in that lets in not everybody. 401, 503."""
+    async def log_in(self, request: Request) -> None:  # whom a volume with AUTH lets in. 401, 503
         given, free = request.fields.get(b"authorization", b""), request[1:3] == (b"/", b"health")
         proof, now = self.flags.basicauth and hashlib.sha256(given).digest(), time.monotonic()
         if free or not proof or self.known.get(proof, 0.0) > now:
             return
-        login = re.fullmatch(rb"(?i:basic) ([0-9A-Za-z+/]{1,2000}={0,2})", given)
-        lines = "", f"Authorization: Basic {login[1].decode()}\r\n" if login else ""
+        await asyncio.sleep(0)  # from here on it takes time
+        line = f"Authorization: {given[:4096].decode('latin-1')}\r\n"
         for volume in sorted(self.flags.volumes, key=self.volumes.down.__contains__):
-            asks = [self.volumes.request("HEAD", f"{volume}/login", "", None, it) for it in lines]
             async with self.gate:  # not all at once: nginx hashes slowly, and has other work
-                told = [status for status, _ in await asyncio.gather(*asks)]
-            require(told != [401, 401], 401, "user and password, please", DEMAND)
-            if told == [401, 404]:
-                self.known = {p: t for p, t in self.known.items() if t > now}
+                status, _ = await self.volumes.request("HEAD", f"{volume}/login", "", None, line)
+            require(status != 401, 401, "user and password, please", DEMAND)
+            if status == 204:  # 404: that volume lets in everybody
                 self.known[proof] = now + LOGIN_TIME
                 return
         raise HTTPError(503, "no volume can check the credentials")
@@ -611,24 +618,26 @@ class Store:  # an index, volumes, and the flags that say how to use them
 
     async def get(self, key: bytes, path: bytes) -> bytes:
         """302 to a trusted replica, at random; if none is, to one that answers now. 404, 503."""
-        record = self.index.look(key).record
+        record = self.index.record(key)
         if not record.replicas or record.deleted:
             require(self.flags.fallback, 404, "no such key")
             target = quote(path, safe="%/:@!$&'()*+,;=~")  # as it was sent, but ASCII
             return response(302, f"Location: http://{self.flags.fallback}{target}\r\n")
-        files = {replica: key2path(key, replica.write_id) for replica in record.replicas}
-        ready = [(r.location, f) for r, f in files.items() if self.volumes.trusts(r.location, f)]
-        if not ready:
-            up = [replica for replica in files if self.volumes.up(replica.location)]
-            answers = await self.ask("HEAD", key, up or record.replicas)
-            ready = [(r.location, files[r]) for r, (status, _) in answers.items() if status == 200]
-            if not ready and self.index.look(key).record != record:  # deleted or moved meanwhile
+        files = [(place, key2path(key, write_id)) for place, write_id in record.replicas]
+        random.shuffle(files)
+        best = next((file for file in files if self.volumes.trusts(*file)), None)
+        if not best:
+            await asyncio.sleep(0)  # from here on it takes time
+            up = [file for file in files if self.volumes.up(file[0])] or files
+            asks = [self.volumes.request("HEAD", *file) for file in up]
+            told = [status for status, _ in await asyncio.gather(*asks)]  # 0: nothing
+            best = dict(zip(told, up, strict=True)).get(200)
+            if not best and self.index.record(key) != record:  # deleted or moved meanwhile
                 return await self.get(key, path)
-            told = [status for status, _ in answers.values()]  # 0: nothing
-            require(ready, 404 if told == [404] * len(files) else 503, f"the volumes say {told}")
-        places = [location for location, _ in files]
+            require(best, 404 if told == [404] * len(files) else 503, f"the volumes say {told}")
+        places = [place for place, _ in record.replicas]
         balance = "balanced" if places == self.ranking(key)[: self.flags.replicas] else "unbalanced"
-        fields = f"Location: http://{self.volumes.link(*random.choice(ready))}\r\n"
+        fields = f"Location: http://{self.volumes.link(*best)}\r\n"
         fields += f"Key-Volumes: {','.join(places)}\r\nKey-Balance: {balance}\r\n"
         return response(302, fields + f"Content-Md5: {record.hash}\r\n" * bool(record.hash))
 
@@ -710,8 +719,7 @@ class Store:  # an index, volumes, and the flags that say how to use them
             self.index.do(Row.settle, key, "", gone)
         return len(gone)
 
-    def query(self, request: Request) -> bytes | Pieces:
-        """GET with a query: ?list, ?unlinked, /?health, /?metrics. 400 for any other."""
+    def query(self, request: Request) -> bytes | Pieces:  # ?list, ?unlinked, health, metrics. 400
         query = parse_qs(request.query.decode(errors="replace"), keep_blank_values=True)
         limit, start = (query.get(name, [""])[0] for name in ("limit", "start"))
         reading = request.method in ("GET", "HEAD") and "\ufffd" not in start
@@ -753,8 +761,7 @@ class Store:  # an index, volumes, and the flags that say how to use them
                     if thorough or random.random() * (age - self.flags.grace) < 8 * self.pause:
                         proof = (204, 404) if age > self.flags.settle else (204,)
                         work.append(self.erase(key, random.sample(row.replicas, min(n, 32)), proof))
-            left -= sum(await asyncio.gather(*work))
-            await asyncio.sleep(0)  # for the others
+            left -= sum(await asyncio.gather(*work, asyncio.sleep(0, 0)))  # and for the others
         if left and not self.counters["files_to_delete"]:
             logging.warning("%d files still wait to be deleted", left)
         self.counters["files_to_delete"] = left
@@ -763,6 +770,8 @@ class Store:  # an index, volumes, and the flags that say how to use them
     async def tick(self) -> None:  # try what is down, see how late we are
         self.ticked, late = (now := time.monotonic()), now - self.ticked - TICK
         self.counters["event_loop_lag_seconds"] = max(0.0, late)
+        for connection in [c for c in self.connections if c.due < now]:
+            connection.writer.transport.abort()
         for place in [p for p, (t, _) in self.volumes.down.items() if t <= now and "/" not in p]:
             self.volumes.probe(place)  # a location is tried by the next PUT
 
@@ -809,8 +818,7 @@ class Maintenance(Store):  # one run of a command
         print(f"{command}: {self.done} of {self.total}, {dict(self.found)}", file=sys.stderr)
         return 2 if self.found["unfinished"] + self.found["unreachable"] else 1 if self.found else 0
 
-    async def for_keys(self, job: Callable) -> None:
-        """Run job(key, record) for all keys, 16 at a time."""
+    async def for_keys(self, job: Callable) -> None:  # job(key, record), for 16 keys at a time
         self.total += self.index.count()[0]
         for rows in self.index.walk(self.index.keys, b"", 16):
             await asyncio.gather(*(job(key, parse_record(text)) for key, text in rows))
@@ -820,8 +828,7 @@ class Maintenance(Store):  # one run of a command
                     self.report("unbalanced", key)
             self.done += len(rows)
 
-    async def for_files(self, job: Callable) -> None:
-        """Run job(key, file, size) for all files on the volumes."""
+    async def for_files(self, job: Callable) -> None:  # job(key, file, size), for all on volumes
         self.keep = self.flags.adopt_garbage or self.index.count()[0] > 0
         self.total += 257
         drives = [f"/sv{n:02X}" for n in range(self.flags.subvolumes) if self.flags.subvolumes > 1]
@@ -838,11 +845,8 @@ class Maintenance(Store):  # one run of a command
 
     async def descend(self, place: str, folder: str, job: Callable) -> None:
         """Run job(key, file, size) for all files below a folder; in "/" there are none. 503."""
-        async with self.volumes.exchange("GET", place, quote(folder)) as (status, _, pieces):
-            text = b"".join([piece async for piece in pieces]).decode(errors="replace")
-            rows = json.loads(text) if status == 200 else []  # else a file, or unreachable
-        require(status in (200, 404), 503, f"{place}{folder} cannot be listed: {status}")
-        for row in rows:
+        pieces = [piece async for piece in self.volumes.read(place, quote(folder))]
+        for row in json.loads(b"".join(pieces).decode(errors="replace") or "[]"):
             path = folder + row["name"]
             known = place + path in self.places or re.fullmatch(r"/([\da-f]{2}|lost\+found)", path)
             if row["type"] == "directory" and folder != "/" and "\ufffd" not in path:
@@ -860,8 +864,7 @@ class Maintenance(Store):  # one run of a command
             self.report("garbage", key, old)
 
     async def identify(self, key: bytes, file: Replica, _: int) -> None:  # report what nobody knows
-        row = self.index.look(key)
-        known = file in row.replicas + row.record.replicas
+        known = file in (row := self.index.look(key)).replicas + row.record.replicas
         if not known and (await self.ask("HEAD", key, [file]))[file][0] != 404:
             self.report("unknown", key, file)
 
@@ -886,15 +889,13 @@ class Maintenance(Store):  # one run of a command
 
 # --- command line ---------------------------------------------------------------------------------
 # Flags as the ancestor has them (one dash or two), the server process, the volumes of the demo.
-def duration(text: str) -> float:
-    """Seconds, from a duration as Go writes it: 300ms, 1.5s, 1h30m, 0. ValueError."""
+def duration(text: str) -> float:  # seconds, from one as Go writes it: 300ms, 1h30m. ValueError
     parts = re.findall(r"([0-9]+\.?[0-9]*)(h|ms|m|s)", text)
     require(text == "0" or (parts and "".join(map("".join, parts)) == text), 400, text)
     return sum(float(n) * {"h": 3600, "m": 60, "s": 1, "ms": 0.001}[unit] for n, unit in parts)
 
 
-def addresses(text: str) -> tuple[str, ...]:
-    """host:port,host:port,… ValueError for doubles and what is none."""
+def addresses(text: str) -> tuple[str, ...]:  # of host:port,host:port,… ValueError for doubles
     volumes, address = text.split(","), re.compile(r"([\w.-]+|\[[0-9a-f:.]+\]):[0-9]{1,5}")
     require(all(map(address.fullmatch, volumes)) and len({*volumes}) == len(volumes), 400, text)
     return tuple(volumes)
@@ -954,8 +955,8 @@ async def serve(store: Store, listener: socket.socket, said: str) -> None:
     loop, stop = asyncio.get_running_loop(), asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.set)
-    queue, opened = listener.dup(), lambda *streams: Connection(store, *streams).converse()
-    server = await asyncio.start_server(opened, sock=listener, limit=MAX_HEAD, backlog=4096)
+    queue, opened = listener.dup(), lambda: Connection(store)
+    server = await loop.create_server(opened, sock=listener, backlog=4096)
     print(said, flush=True)
     jobs = every(store.pause, store.sweep), every(TICK, store.tick), stop.wait()
     await next(asyncio.as_completed(jobs))  # raises what ended a job
@@ -964,11 +965,10 @@ async def serve(store: Store, listener: socket.socket, said: str) -> None:
     signal.alarm(10 + DRAIN_TIME)  # kills: a frozen process may hold the lock of the index
     with queue, contextlib.suppress(OSError):  # it is empty, or there are too many
         while time.monotonic() < began + DRAIN_TIME:
-            streams = await asyncio.open_connection(sock=queue.accept()[0], limit=MAX_HEAD)
-            asyncio.create_task(opened(*streams))
+            await loop.connect_accepted_socket(opened, queue.accept()[0])
     while await asyncio.sleep(0.02, store.connections):  # those just accepted, too
         for connection in list(store.connections):  # an idle one has a second to ask once more
-            if time.monotonic() - began > (DRAIN_TIME if connection.busy else 1):
+            if time.monotonic() - began > (1 if connection.idle else DRAIN_TIME):
                 connection.writer.transport.abort()
 
 
