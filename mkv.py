@@ -63,9 +63,9 @@ def require(condition: Any, status: int, reason: str, fields: str = "") -> None:
 def key2path(key: bytes, write_id: str = "") -> str:
     """The path of a key's file: two bytes of its md5, its base64, and its write id, if any."""
     digest, name = hashlib.md5(key).hexdigest(), base64.b64encode(key).decode()
-    if write_id:  # no name has over 255 bytes; base64 may itself have "/": a sub-folder
-        name = re.sub(r"[^/]{230}(?=[^/])", r"\g<0>-/", name) + "-" + write_id
-    return f"/{digest[:2]}/{digest[2:4]}/{name}"
+    if write_id and len(name) > 230:  # a name has 255 at most; base64 has "/" itself: sub-folders
+        name = re.sub(r"[^/]{230}(?=[^/])", r"\g<0>-/", name)
+    return f"/{digest[:2]}/{digest[2:4]}/{name}{write_id and '-'}{write_id}"
 
 
 def path2key(path: str) -> tuple[bytes, str]:
@@ -79,7 +79,7 @@ def path2key(path: str) -> tuple[bytes, str]:
 
 def key2volume(key: bytes, volumes: Sequence[str], replicas: int, subvolumes: int) -> list[str]:
     """The first `replicas` locations of the key's ranking: by md5(key + volume), highest first."""
-    scores = sorted(((hashlib.md5(key + v.encode()).digest(), v) for v in volumes), reverse=True)
+    scores = sorted([(hashlib.md5(key + v.encode()).digest(), v) for v in volumes], reverse=True)
     drive = "/sv{:02X}" if subvolumes > 1 else ""
     return [v + drive.format(int.from_bytes(md5[12:]) % subvolumes) for md5, v in scores[:replicas]]
 
@@ -111,8 +111,8 @@ def parse_record(text: bytes) -> Record:  # the inverse of Record.text(). 500
     require(match, 500, f"unreadable record: {text!r}")
     deleted, md5, files, size, write_id = match.groups("")
     parts = [file.partition("@") for file in files.split(",") if file]
-    replicas = tuple(Replica(location, own if at else write_id) for location, at, own in parts)
-    return Record(replicas, int(size) if size else None, write_id, md5, bool(deleted))
+    replicas = [Replica(location, own if at else write_id) for location, at, own in parts]
+    return Record(tuple(replicas), int(size) if size else None, write_id, md5, bool(deleted))
 
 
 # --- index ----------------------------------------------------------------------------------------
