@@ -354,10 +354,10 @@ class Connection(asyncio.StreamReaderProtocol):  # of a client; requests are ans
         self.idle, self.closing, self.due = False, False, time.monotonic() + IDLE_TIME
 
     def data_received(self, data: bytes) -> None:
-        """Answer at once a GET that came alone and has not to wait; converse() reads all else."""
+        """Serve at once a GET that came alone; if that has to wait, nothing is done: drop it."""
         alone = self.idle and data[:4] in (b"GET ", b"HEAD") and not self.reader._buffer
         alone = alone and data.find(b"\r\n\r\n") == len(data) - 4 < MAX_HEAD and not self.unsent()
-        if not alone or next(self.serve(data).__await__(), True) is not True:  # it has to wait
+        if not alone or next(self.serve(data).__await__(), True) is not True:  # for converse()
             super().data_received(data)
 
     async def converse(self, reader: asyncio.StreamReader, writer: Any) -> None:
@@ -515,13 +515,12 @@ class Volumes:  # what is known of them; a location that answers is trusted for 
                 return status, length
         return 0, None
 
-    async def read(self, location: str, path: str) -> Pieces:  # of a file, or a folder if any. 503
+    async def read(self, location: str, path: str) -> Pieces:  # of a file, streamed. 503
         async with self.exchange("GET", location, path) as (status, _, pieces):
             async for piece in pieces:
                 if status == 200:
                     yield piece
-        found = status == 200 or (status == 404 and path.endswith("/"))
-        require(found, 503, f"{location} answers {status} to GET {path}")
+        require(status == 200, 503, f"{location} answers {status} to GET {path}")
 
     async def write(self, path: str, places: list[str], body: Pieces) -> tuple[dict, int, bytes]:
         """PUT a body to all places in one pass: statuses, size, md5. Raises what it raises."""
@@ -770,7 +769,7 @@ class Store:  # an index, volumes, and the flags that say how to use them
     async def tick(self) -> None:  # try what is down, see how late we are
         self.ticked, late = (now := time.monotonic()), now - self.ticked - TICK
         self.counters["event_loop_lag_seconds"] = max(0.0, late)
-        for connection in [c for c in self.connections if c.due < now]:
+        for connection in [c for c in self.connections if c.due < now]:  # idle, or deaf
             connection.writer.transport.abort()
         for place in [p for p, (t, _) in self.volumes.down.items() if t <= now and "/" not in p]:
             self.volumes.probe(place)  # a location is tried by the next PUT
@@ -845,8 +844,10 @@ class Maintenance(Store):  # one run of a command
 
     async def descend(self, place: str, folder: str, job: Callable) -> None:
         """Run job(key, file, size) for all files below a folder; in "/" there are none. 503."""
-        pieces = [piece async for piece in self.volumes.read(place, quote(folder))]
-        for row in json.loads(b"".join(pieces).decode(errors="replace") or "[]"):
+        async with self.volumes.exchange("GET", place, quote(folder)) as (status, _, pieces):
+            text = b"".join([piece async for piece in pieces]).decode(errors="replace")
+        require(status in (200, 404), 503, f"{place}{folder} cannot be listed: {status}")
+        for row in json.loads(text) if status == 200 else []:
             path = folder + row["name"]
             known = place + path in self.places or re.fullmatch(r"/([\da-f]{2}|lost\+found)", path)
             if row["type"] == "directory" and folder != "/" and "\ufffd" not in path:
@@ -901,8 +902,7 @@ def addresses(text: str) -> tuple[str, ...]:  # of host:port,host:port,… Value
     return tuple(volumes)
 
 
-def parse_flags(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """The flags, checked, and volumes of its own if none are given."""
+def parse_flags(parser: argparse.ArgumentParser) -> argparse.Namespace:  # checked, with defaults
     parser.add_argument("command", choices=["server", "rebuild", "rebalance", "verify"])
     for name, kind, default, text in (
         ("volumes", addresses, DEMO, "host:port,… (without: three of its own, to look around)"),
