@@ -196,8 +196,7 @@ class Index:
         if owner and owner[:14] != self.process and self.take(owner, how=LOCK_SH | LOCK_NB):
             await self.do(Row.settle, key, owner, ())
 
-    def look(self, key: bytes, txn: lmdb.Transaction | None = None) -> Row:
-        """What both tables have of a key; parts may be empty."""
+    def look(self, key: bytes, txn: lmdb.Transaction | None = None) -> Row:  # parts may be empty
         txn = txn or self.env.begin()
         record, entry = txn.get(key, b"", db=self.keys), txn.get(key, b" 0 ", db=self.journal)
         owner, since, replicas = entry.split(b" ")
@@ -379,6 +378,8 @@ class Connection(asyncio.StreamReaderProtocol):  # of a client; requests are ans
                     pass
             writer.close()
         except (OSError, EOFError, RuntimeError):  # the client is gone, or might as well be
+            with contextlib.suppress(OSError):
+                await writer.drain()  # what data_received() has answered; tick() sees to an end
             writer.transport.abort()
         finally:
             crowd.discard(self)
@@ -398,8 +399,7 @@ class Connection(asyncio.StreamReaderProtocol):  # of a client; requests are ans
             answer = await self.store.answer(request, body)
             if not isinstance(answer, bytes):  # of unknown length: it ends with the connection
                 rest, answer, close = answer, STREAM, close or method == "GET"
-            elif method == "PUT":  # the body is read
-                close = request.close
+            close = request.close if method == "PUT" else close  # its body is read
         except (HTTPError, *BROKEN) as error:
             error = error if isinstance(error, HTTPError) else HTTPError(*BROKEN[type(error)])
             answer = response(error.status, TEXT + error.fields, error.reason.encode() + b"\n")
@@ -500,7 +500,7 @@ class Volumes:  # what is known of them; a location that answers is trusted for 
                 idle.append(link)
         except (OSError, EOFError, ValueError, RuntimeError, asyncio.LimitOverrunError) as error:
             self.pool(volume, failed=True)
-            early = bool(link and reader._buffer)  # it may answer too early
+            early = bool(link and (auth or reader._buffer))  # as some do; a login may be slow
             for name in [volume] * (not early) + [place + "/"] * (link != () and verb == "PUT"):
                 self.mark(name, str(error) or repr(error))
             raise HTTPError(503, f"{place} does not answer {verb}: {error!r}") from error
@@ -508,8 +508,7 @@ class Volumes:  # what is known of them; a location that answers is trusted for 
             if link and link not in idle:
                 writer.transport.abort()  # of an upload that is cut short nginx keeps nothing
 
-    async def request(self, *what: Any) -> tuple[int, int | None]:
-        """Status, or 0, and length of an answer to what exchange() takes."""
+    async def request(self, *what: Any) -> tuple[int, int | None]:  # status, or 0, and length
         with contextlib.suppress(HTTPError):
             async with self.exchange(*what) as (status, length, _):
                 return status, length
@@ -600,12 +599,13 @@ class Store:  # an index, volumes, and the flags that say how to use them
         if free or not proof or self.known.get(proof, 0.0) > now:
             return
         await asyncio.sleep(0)  # from here on it takes time
-        line = f"Authorization: {given[:4096].decode('latin-1')}\r\n"
+        line = f"Authorization: {given[:2048].decode('latin-1')}\r\n"
         for volume in sorted(self.flags.volumes, key=self.volumes.down.__contains__):
             async with self.gate:  # not all at once: nginx hashes slowly, and has other work
                 status, _ = await self.volumes.request("HEAD", f"{volume}/login", "", None, line)
             require(status != 401, 401, "user and password, please", DEMAND)
             if status == 204:  # 404: that volume lets in everybody
+                self.known = {p: t for p, t in self.known.items() if t > now}
                 self.known[proof] = now + LOGIN_TIME
                 return
         raise HTTPError(503, "no volume can check the credentials")
@@ -658,18 +658,17 @@ class Store:  # an index, volumes, and the flags that say how to use them
             require(size or old.size == 0, 411, "a value has at least one byte")
             right = {"", digest.hex(), base64.b64encode(digest).decode()} & {md5, md5.lower()}
             require(right, 503 if old.replicas else 400, f"MD5 does not match: {digest.hex()}")
-            made = [place for place in todo if statuses[place] == 201]
-            for place in spare:
+            made = [Replica(place, write_id) for place in todo if statuses[place] == 201]
+            for file in [Replica(place, write_id) for place in spare]:
                 if 0 < len(made) < count:
-                    logging.warning("%r has a stand-in at %s", key.decode(), place)
-                    await self.index.do(Row.extend, key, owner, Replica(place, write_id))
-                    copy = self.volumes.read(random.choice(made), path)
+                    logging.warning("%r has a stand-in at %s", key.decode(), file.location)
+                    await self.index.do(Row.extend, key, owner, file)
+                    copy = self.volumes.read(random.choice(made).location, path)
                     with contextlib.suppress(HTTPError):  # the next one may do
-                        copied, _, same = await self.volumes.write(path, [place], copy)
-                        made += [place] if copied[place] == 201 and same == digest else []
+                        copied, _, same = await self.volumes.write(path, [file.location], copy)
+                        made += [file] * (copied == {file.location: 201} and same == digest)
             require(len(made) == count, 503, f"{count} replicas cannot be made: {statuses}")
-            files = (*keep, *(Replica(place, write_id) for place in made))
-            files = tuple(sorted(files, key=lambda file: self.ranking(key).index(file.location)))
+            files = tuple(sorted([*keep, *made], key=lambda file: self.ranking(key).index(file[0])))
             known = digest.hex() if self.flags.md5sum and (old.hash or not keep) else ""
             record = Record(files, size, write_id, known, old.deleted)
             before = await self.index.do(Row.commit, key, owner, record, old)
@@ -846,8 +845,9 @@ class Maintenance(Store):  # one run of a command
         """Run job(key, file, size) for all files below a folder; in "/" there are none. 503."""
         async with self.volumes.exchange("GET", place, quote(folder)) as (status, _, pieces):
             text = b"".join([piece async for piece in pieces]).decode(errors="replace")
+            rows = json.loads(text) if status == 200 else []  # else a file, or unreachable
         require(status in (200, 404), 503, f"{place}{folder} cannot be listed: {status}")
-        for row in json.loads(text) if status == 200 else []:
+        for row in rows:
             path = folder + row["name"]
             known = place + path in self.places or re.fullmatch(r"/([\da-f]{2}|lost\+found)", path)
             if row["type"] == "directory" and folder != "/" and "\ufffd" not in path:

@@ -2169,10 +2169,10 @@ def test_http_1_0_hears_no_100_continue(system: Cluster) -> None:
 # --- readers that do not read, volumes that lie ---------------------------------------------------
 
 
-def quiet_reader(port: int) -> socket.socket:
+def quiet_reader(port: int, room: int = 8192) -> socket.socket:
     """A connection of a client that has little room for answers."""
     wire = socket.socket()
-    wire.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8192)
+    wire.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, room)
     wire.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65536)
     wire.connect(("127.0.0.1", port))
     return wire
@@ -2193,6 +2193,42 @@ def test_who_asks_and_asks_and_never_reads_is_not_listened_to(
         assert sent < 32_000_000
         assert server.memory() - memory < 16_000_000
         until(lambda: server.metric("mkv_connections") == 1)
+
+
+SMALL_BUFFERS = """
+import socket
+converse = mkv.Connection.converse
+def small(self, reader, writer):
+    wire = writer.get_extra_info("socket")
+    wire.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4608)
+    return converse(self, reader, writer)
+mkv.Connection.converse = small
+"""
+
+
+def test_who_half_closes_before_reading_gets_every_answer_whole(
+    cluster: Callable[..., Cluster],
+) -> None:
+    flags = "-replicas", "1", "-fallback", "127.0.0.1:1"
+    server = cluster(*flags, volumes=1, preamble=SMALL_BUFFERS).server
+    question = b"GET /" + "é".encode() * 250 + b" HTTP/1.1\r\nHost: x\r\n\r\n"
+    name, asked = 'mkv_requests_total{method="GET",status="302"}', 0
+    for count in range(4, 12):  # somewhere here an answer fits only in part
+        with quiet_reader(server.port, 2048) as wire:
+            wire.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            for _ in range(count):
+                wire.sendall(question)
+                asked += 1
+                with contextlib.suppress(AssertionError):  # of until(): when there is no more room
+                    until(lambda asked=asked: server.metric(name) == asked, 0.2)
+            wire.shutdown(socket.SHUT_WR)
+            wire.settimeout(30)
+            answers = b""
+            while piece := wire.recv(1 << 20):
+                answers += piece
+        asked = int(server.metric(name))
+        assert statuses(answers) == [302] * count and answers.endswith(b"\r\n\r\n")
+        assert len(answers) % count == 0
 
 
 @pytest.mark.parametrize("version", ["1.0", "1.1"])
@@ -6807,8 +6843,14 @@ def test_bad_credentials_change_nothing_in_what_is_known_of_the_volumes(
     assert server.call("PUT", "/k", b"value", **ADMIN).status == 201
     assert server.call("GET", "/k", **ADMIN).status == 302
     log, asked = server.log.read_text(), heard(recorders, b"HEAD /(?!login)")
-    bad = [STRANGER, {}, *({"Authorization": "Basic " + "A" * size} for size in (9000, 15_000))]
-    for fields in bad * 3:  # nginx takes no line of more than 8 KiB
+    long = [
+        "A" * 9000,
+        "A" * 15_000,
+        "\xff" * 4000,
+        "\xff" * 9000,
+    ]  # nginx takes no line over 8 KiB
+    bad = [STRANGER, {}, *({"Authorization": "Basic " + each} for each in long)]
+    for fields in bad * 3:
         assert server.call("GET", "/k", **fields).status == 401
     for _ in range(20):
         assert server.call("GET", "/k", **ADMIN).status == 302
@@ -7290,6 +7332,21 @@ def test_a_listing_that_lies_makes_no_key_but_of_its_own_file(tmp_path: Path) ->
     with opened(tmp_path / "index") as index:
         assert index.count() == (1, 0)
         assert index.look(b"/k").record.replicas == (mkv.Replica(liar.name, WRITE_ID),)
+
+
+def test_a_listing_that_is_none_is_a_volume_that_cannot_be_reached(tmp_path: Path) -> None:
+    liar = Liar(f"HTTP/1.1 200 OK\r\nContent-Length: 6\r\n{CLOSE}\r\n<html>".encode(), None)
+    command = [sys.executable, HERE / "mkv.py", "rebuild", "-volumes", liar.name]
+    command += ["-replicas", "1", "-subvolumes", "1", "-db", tmp_path / "index"]
+    try:
+        ended = [
+            subprocess.run([*command, *more], capture_output=True) for more in ((), ("-partial",))
+        ]
+    finally:
+        liar.close()
+    for run, finding in zip(ended, ("unfinished", "unreachable"), strict=True):
+        assert run.returncode == 2 and b"Traceback" not in run.stderr, run.stderr
+        assert [json.loads(line)["finding"] for line in run.stdout.splitlines()] == [finding]
 
 
 def test_nasty_keys_are_stored_each_in_a_file_of_its_own(system: Cluster) -> None:
