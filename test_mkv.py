@@ -7065,6 +7065,15 @@ def test_only_204_lets_somebody_in(
     assert said.status == 503 and b"credentials" in said.body and door.asked
 
 
+def test_a_login_that_takes_long_does_not_make_its_volume_look_down(
+    doorman: Callable[[bytes], tuple[Doorman, Server]],
+) -> None:
+    door, server = doorman(b"HTTP/1.1 401 No\r\nContent-Length: 0\r\n\r\n")
+    said = server.call("GET", "/k", **STRANGER)  # the door stays shut for longer than -voltimeout
+    assert said.status == 503 and b"credentials" in said.body
+    assert "is down" not in server.log.read_text()
+
+
 def test_a_crowd_of_strangers_asks_a_volume_a_few_questions_at_a_time(
     doorman: Callable[[bytes], tuple[Doorman, Server]],
 ) -> None:
