@@ -37,8 +37,7 @@ import uvloop
 
 MAX_KEY, MAX_HEAD, MAX_FIELDS = 511, 16384, 100  # bytes: LMDB's limit; twice nginx's; as Apache's
 HEAD_TIME, IDLE_TIME, LINGER_TIME = 10, 60, 5  # seconds for a head, between two, after the last
-BODY_TIME, BODY_RATE = 60, 1024  # seconds for which a body may bring fewer bytes a second than that
-READ_AHEAD, WRITE_AHEAD = 1 << 18, 1 << 20  # bytes held for a reader, or a volume, before a pause
+BODY_TIME, BODY_RATE, READ_AHEAD = 60, 1024, 1 << 18  # seconds; bytes a second over them; at once
 TICK, DRAIN_TIME, LOGIN_TIME = 0.2, 10, 60  # seconds between tick()s; SIGTERM leaves; a login holds
 METHODS = "GET", "HEAD", "PUT", "DELETE", "UNLINK", "REBALANCE"
 DEMO = "127.0.0.1:3001", "127.0.0.1:3002", "127.0.0.1:3003"  # volumes of its own
@@ -59,7 +58,6 @@ def require(condition: Any, status: int, reason: str, fields: str = "") -> None:
 # --- placement ------------------------------------------------------------------------------------
 # Where a key's files lie, in minikeyvalue's layout. Pure. A location is "host:port" (a volume) or
 # "host:port/svXX"; a write id is 16 hex digits: 8 of seconds since 1970, 8 that tell writers apart.
-@lru_cache(4096)
 def key2path(key: bytes, write_id: str = "") -> str:
     """The path of a key's file: two bytes of its md5, its base64, and its write id, if any."""
     digest, name = hashlib.md5(key).hexdigest(), base64.b64encode(key).decode()
@@ -263,8 +261,8 @@ class Index:
 # --- http -----------------------------------------------------------------------------------------
 # HTTP/1.1 by hand (RFC 9112). What could be read in two ways is refused, and so is all that comes
 # after it: no request is smuggled past a proxy. Parsing needs no sockets.
-REQUEST = re.compile(rb"([A-Z]+) (?:http://[^/?# ]*)?(/[^?# ]*)(?:\?([^# ]*))? HTTP/1\.([01])")
-STATUS = re.compile(rb"HTTP/1\.[01] ([2-5][0-9][0-9])(?: .*)?")
+LINE = re.compile(rb"([A-Z]+) (?:http://[^/?# ]*)?(/[^?# ]*)(?:\?([^# ]*))? HTTP/1\.([01])\r\n")
+STATUS = re.compile(rb"HTTP/1\.[01] ([2-5][0-9][0-9])(?: [\t\x20-\x7e\x80-\xff]*)?\r\n")
 FIELD = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([\t\x20-\x7e\x80-\xff]*)")
 CHUNK = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?\r\n")
 TEXT, ALLOW = "Content-Type: text/plain; charset=utf-8\r\n", f"Allow: {', '.join(METHODS)}\r\n"
@@ -272,15 +270,13 @@ DEMAND = 'WWW-Authenticate: Basic realm="mkv", charset="UTF-8"\r\n'
 BROKEN = {TimeoutError: (408, "too slow"), asyncio.LimitOverrunError: (431, "too long a line")}
 BROKEN[asyncio.IncompleteReadError] = 400, "the request ended early"
 STREAM = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n\r\n"
-Request = namedtuple("Request", "method path query fields length waits close")
+Request = namedtuple("Request", "method path query key fields length waits close")
 
 
-@lru_cache(256)
-def parse_head(pattern: re.Pattern, head: bytes) -> tuple[re.Match, dict, int | None, bool]:
-    """First line, fields by lower-case name, body length (None: chunked), last? 400, 431, 501."""
-    (line, *lines), fields = head[:-4].split(b"\r\n"), {}
-    first = None if re.search(rb"[\0-\x1f\x7f]", line) else pattern.fullmatch(line)
-    require(first, 400, "malformed first line")
+@lru_cache(64)  # a client sends the same ones again and again
+def parse_fields(text: bytes) -> tuple[dict, int | None, bool]:
+    """Fields by lower-case name, body length (None: chunked), last? 400, 431, 501."""
+    lines, fields = text.split(b"\r\n")[:-2], {}
     require(len(lines) <= MAX_FIELDS, 431, f"a head has at most {MAX_FIELDS} fields")
     for line in lines:
         match = FIELD.fullmatch(line)  # not folded, no space before the colon, no bare CR or LF
@@ -292,26 +288,25 @@ def parse_head(pattern: re.Pattern, head: bytes) -> tuple[re.Match, dict, int | 
     require(not coding or b"content-length" not in fields, 400, "two lengths of one body")
     require(coding is None or coding.lower() == b"chunked", 501, "the only coding is chunked")
     options = fields.get(b"connection", b"").lower().replace(b" ", b"").split(b",")
-    return first, fields, int(length) if coding is None else None, b"close" in options
+    return fields, int(length) if coding is None else None, b"close" in options
 
 
+@lru_cache(64)
 def parse_request(head: bytes) -> Request:
-    """The request; path and query as sent (None: no "?"), length None: chunked. 400, 431, 501."""
-    first, fields, length, close = parse_head(REQUEST, head)
+    """The request; query None: no "?", length None: chunked. 400, 405, 414, 431, 501."""
+    require(first := LINE.match(head), 400, "malformed first line")
+    fields, length, close = parse_fields(head[first.end() :])
     method, path, query, minor = first.groups()
     waits = minor == b"1" and fields.get(b"expect", b"").lower() == b"100-continue"
     require(minor == b"0" or b"," not in fields.get(b"host", b","), 400, "no Host, or several")
     require(minor == b"1" or length is not None, 400, "chunked in HTTP/1.0")
-    return Request(method.decode(), path, query, fields, length, waits, close or minor == b"0")
-
-
-def parse_key(path: bytes) -> bytes:  # that the path of a request names. 400, 414
+    require(method.decode() in METHODS, 405, "no such method", ALLOW)
     key = unquote_to_bytes(path) if b"%" in path else path
     require(len(key) <= MAX_KEY, 414, f"a key has at most {MAX_KEY} bytes")
-    right = len(key) > 1 and not re.search(rb"%(?![0-9A-Fa-f]{2})", path)
-    right = right and key.decode(errors="ignore").encode() == key
-    require(right, 400, "a key is a path of two bytes or more, UTF-8 and percent-encoded")
-    return key
+    odd = re.search(rb"[\0-\x1f\x7f]|%(?![0-9A-Fa-f]{2})", first[0][:-2])
+    odd = odd or key.decode(errors="ignore").encode() != key or (len(key) < 2 and query is None)
+    require(not odd, 400, "a key is UTF-8, percent-encoded, of two bytes or more")
+    return Request(method.decode(), path, query, key, fields, length, waits, close or minor == b"0")
 
 
 @lru_cache(256)
@@ -333,9 +328,8 @@ async def read_body(reader: Any, length: int | None, seconds: float, asked: Any 
                 require(size, 400, "malformed chunk size")
                 left = int(size[1], 16)
             if not left:
-                while (line := await reader.readuntil(b"\r\n")) != b"\r\n":
-                    require(FIELD.fullmatch(line[:-2]), 400, "malformed trailer")
-                    await asyncio.sleep(0)  # for the others
+                if (begin := await reader.readexactly(2)) != b"\r\n":  # of trailers
+                    parse_fields(begin + await reader.readuntil(b"\r\n\r\n"))
                 return
             piece = await reader.read(min(left, READ_AHEAD))
             require(piece, 400, "the body ended early")
@@ -352,12 +346,17 @@ class Connection(asyncio.StreamReaderProtocol):  # of a client; requests are ans
         super().__init__(self.reader, self.converse)
         self.idle, self.closing, self.due = False, False, time.monotonic() + IDLE_TIME
 
-    def data_received(self, data: bytes) -> None:
-        """Serve at once a GET that came alone; if that has to wait, nothing is done: drop it."""
-        alone = self.idle and data[:4] in (b"GET ", b"HEAD") and not self.reader._buffer
-        alone = alone and data.find(b"\r\n\r\n") == len(data) - 4 < MAX_HEAD and not self.unsent()
-        if not alone or next(self.serve(data).__await__(), True) is not True:  # for converse()
-            super().data_received(data)
+    def data_received(self, data: bytes) -> None:  # a GET that came alone may be answered at once
+        began = time.monotonic()
+        alone = self.idle and data[:4] == b"GET " and not self.reader._buffer and not self.unsent()
+        if alone and data.find(b"\r\n\r\n") == len(data) - 4 < MAX_HEAD:
+            with contextlib.suppress(HTTPError):
+                request = parse_request(data)
+                plain = request.query is None and request.length == 0 and not request.close
+                plain = plain and not self.store.draining and self.store.admits(request)
+                if plain and (answer := self.store.find(request.key)):
+                    return self.send(answer, "GET", request.path, began)
+        return super().data_received(data)
 
     async def converse(self, reader: asyncio.StreamReader, writer: Any) -> None:
         self.writer, self.unsent = writer, writer.transport.get_write_buffer_size
@@ -376,24 +375,19 @@ class Connection(asyncio.StreamReaderProtocol):  # of a client; requests are ans
             async with asyncio.timeout(TICK * (len(crowd) < 32) if self.full else LINGER_TIME):
                 while await reader.read(READ_AHEAD):
                     pass
-            writer.close()
         except (OSError, EOFError, RuntimeError):  # the client is gone, or might as well be
             with contextlib.suppress(OSError):
                 await writer.drain()  # what data_received() has answered; tick() sees to an end
-            writer.transport.abort()
         finally:
+            writer.transport.abort()
             crowd.discard(self)
 
-    async def serve(self, head: bytes) -> None:
-        """Answer the request with this head, or with one that begins so. OSError."""
+    async def serve(self, first: bytes) -> None:  # a request that begins with this byte. OSError
         method, path, close, rest, began = "-", b"-", True, (), time.monotonic()
         try:
             require(not self.full, 503, "too many connections: see -maxconns")
-            if len(head) == 1:
-                async with asyncio.timeout(HEAD_TIME):
-                    head += await self.reader.readuntil(b"\r\n\r\n")
-            request = parse_request(head)
-            require(request.method in METHODS, 405, "no such method", ALLOW)
+            async with asyncio.timeout(HEAD_TIME):
+                request = parse_request(first + await self.reader.readuntil(b"\r\n\r\n"))
             method, path, close = request.method, request.path, request.close or request.length != 0
             body = read_body(self.reader, request.length, BODY_TIME, request.waits and self.writer)
             answer = await self.store.answer(request, body)
@@ -404,20 +398,24 @@ class Connection(asyncio.StreamReaderProtocol):  # of a client; requests are ans
             error = error if isinstance(error, HTTPError) else HTTPError(*BROKEN[type(error)])
             answer = response(error.status, TEXT + error.fields, error.reason.encode() + b"\n")
         if close := close or self.store.draining:
-            await asyncio.sleep(0)  # so data_received() leaves it to converse(), which lingers
             answer = answer.replace(b"\r\n", b"\r\nConnection: close\r\n", 1)
-        self.writer.write(answer[: answer.find(b"\r\n\r\n") + 4] if method == "HEAD" else answer)
-        self.closing, self.due = close, time.monotonic() + IDLE_TIME
-        status, counters = answer[9:12].decode(), self.store.counters
-        counters[f'requests_total{{method="{method}",status="{status}"}}'] += 1
-        counters[f'request_seconds_total{{method="{method}"}}'] += time.monotonic() - began
-        logging.debug("%s %s %s", method, path.decode("latin-1"), status)
+        self.closing = close
+        self.send(answer, method, path, began)
         if rest and method == "GET":
             async for piece in rest:
                 self.writer.write(piece)
                 self.due = time.monotonic() + IDLE_TIME
                 await asyncio.sleep(0)  # for the others
                 await self.writer.drain()
+
+    def send(self, answer: bytes, method: str, path: bytes, began: float) -> None:  # and count it
+        self.writer.write(answer[: answer.find(b"\r\n\r\n") + 4] if method == "HEAD" else answer)
+        status, counters, now = answer[9:12].decode(), self.store.counters, time.monotonic()
+        self.due = now + IDLE_TIME
+        counters[f'requests_total{{method="{method}",status="{status}"}}'] += 1
+        counters[f'request_seconds_total{{method="{method}"}}'] += now - began
+        if self.store.flags.v:
+            logging.info("%s %s %s", method, path.decode("latin-1"), status)
 
 
 # --- volumes --------------------------------------------------------------------------------------
@@ -428,7 +426,6 @@ class Volumes:  # what is known of them; a location that answers is trusted for 
         self.timeout, self.patience = flags.voltimeout, flags.voltimeout or 1.0
         basic = base64.b64encode(flags.userpass.encode()).decode()
         self.login = f"Authorization: Basic {basic}\r\n" if basic else ""
-        self.secret, self.expiry = os.environ.get("MKV_SECRET", ""), flags.expiry
         self.idle: dict[str, list] = defaultdict(list)  # (reader, writer) of connections, by volume
         self.trusted: dict[str, float] = {}  # location → until when (monotonic)
         self.down: dict[str, tuple] = {}  # volume, or location + "/" for PUT → next try, pause
@@ -460,32 +457,30 @@ class Volumes:  # what is known of them; a location that answers is trusted for 
     def takes(self, location: str) -> bool:  # whether to PUT there, if only to try it again
         return self.up(location) and self.down.get(location + "/", (0.0,))[0] <= time.monotonic()
 
-    async def connect(self, volume: str) -> tuple:  # reader and writer. OSError
-        host, _, port = volume.rpartition(":")
-        async with asyncio.timeout(self.patience):
-            link = await asyncio.open_connection(host.strip("[]"), int(port), limit=MAX_HEAD)
-        link[1].transport.set_write_buffer_limits(WRITE_AHEAD)
-        return link
-
     @contextlib.asynccontextmanager
-    async def exchange(self, verb: str, place: str, path: str, body: Any = None, *auth: str) -> Any:
+    async def exchange(self, verb: str, place: str, path: str, more: str = "", body: Any = None):
         """Status, length, pieces of an answer; 503. body() gives pieces of ours, b"" at the end."""
-        (volume, slash, drive), link = place.partition("/"), ()
+        (volume, slash, drive), link, auth = place.partition("/"), (), more.startswith("Auth")
         idle, seconds = self.pool(volume), self.patience * (10 if verb in ("GET", "PUT") else 1)
         try:
-            reader, writer = link = idle.pop() if idle else await self.connect(volume)
-            fields = (*auth, self.login)[0] + "Transfer-Encoding: chunked\r\n" * bool(body)
+            if not idle:
+                host, _, port = volume.rpartition(":")
+                async with asyncio.timeout(self.patience):
+                    link = await asyncio.open_connection(host.strip("[]"), port, limit=MAX_HEAD)
+            reader, writer = link = link or idle.pop()
+            fields, chunked = more if auth else self.login + more, more.startswith("T")
             head = f"{verb} {slash}{drive}{path} HTTP/1.1\r\nHost: {volume}\r\n{fields}\r\n"
-            writer.write(head.encode())
+            lead = head.encode()  # sent with what comes next: each write costs
             while body and (piece := await body()):
                 async with asyncio.timeout(seconds):
-                    writer.writelines((b"%x\r\n" % len(piece), piece, b"\r\n"))
+                    writer.writelines((lead, b"%x\r\n" % len(piece) if chunked else b"", piece))
                     await writer.drain()
-            writer.write(b"0\r\n\r\n" if body else b"")
+                lead = b"\r\n" * chunked
+            writer.write(lead + b"0\r\n\r\n" * chunked)
             async with asyncio.timeout(seconds):
                 answer = await reader.readuntil(b"\r\n\r\n")
-            first, _, length, close = parse_head(STATUS, answer)
-            status = int(first[1])
+            require(first := STATUS.match(answer), 503, "malformed first line")
+            status, (_, length, close) = int(first[1]), parse_fields(answer[first.end() :])
             if not auth:  # what a stranger is told says nothing of the volume
                 self.mark(volume, "it answers 401" if status == 401 else "")
             if status >= 500 or verb == "PUT":
@@ -521,12 +516,13 @@ class Volumes:  # what is known of them; a location that answers is trusted for 
                     yield piece
         require(status == 200, 503, f"{location} answers {status} to GET {path}")
 
-    async def write(self, path: str, places: list[str], body: Pieces) -> tuple[dict, int, bytes]:
+    async def write(self, path: str, places: list[str], body: Pieces, length: Any = None) -> tuple:
         """PUT a body to all places in one pass: statuses, size, md5. Raises what it raises."""
+        more = f"Content-Length: {length}\r\n" if length else "Transfer-Encoding: chunked\r\n"
         size, md5, queues = 0, hashlib.md5(), {place: asyncio.Queue(1) for place in places}
 
         async def upload(place: str) -> tuple[str, int]:
-            status, _ = await self.request("PUT", place, path, queues[place].get)
+            status, _ = await self.request("PUT", place, path, more, queues[place].get)
             queue = queues.pop(place)
             while not queue.empty():  # who waits for room in it goes on
                 queue.get_nowait()
@@ -547,17 +543,11 @@ class Volumes:  # what is known of them; a location that answers is trusted for 
             for task in tasks:
                 task.cancel()
 
-    def link(self, location: str, path: str) -> str:  # for readers, signed for nginx's secure_link
-        link, until = location + path, int(time.time() + self.expiry)
-        text = f"{until}/{link.partition('/')[2]} {self.secret}".encode(errors="surrogateescape")
-        proof = self.secret and base64.urlsafe_b64encode(hashlib.md5(text).digest())[:22].decode()
-        return f"{link}?md5={proof}&expires={until}" if proof else link
-
-    def trusts(self, location: str, path: str) -> bool:  # a GET; it is asked again in good time
+    def trusts(self, location: str, key: bytes, write_id: str) -> bool:  # asked again in good time
         self.pool(location.partition("/")[0])
         left = self.trusted.get(location, 0.0) - time.monotonic()
         if left < self.timeout / 4 and self.up(location):
-            self.probe(location, path)
+            self.probe(location, key2path(key, write_id))
         return left > 0
 
     def probe(self, place: str, path: str = "/") -> None:  # in the background, one at a time
@@ -572,18 +562,20 @@ class Store:  # an index, volumes, and the flags that say how to use them
     def __init__(self, flags: argparse.Namespace, index: Index) -> None:
         self.flags, self.index, self.volumes = flags, index, Volumes(flags)
         self.connections, self.refused, self.known, self.counters = set(), set(), {}, Counter()
-        rank, self.gate, self.draining = lru_cache(4096)(key2volume), asyncio.Semaphore(8), False
+        self.redirect, self.draining = lru_cache(4096)(self.make_redirect), False
+        rank, self.gate = lru_cache(4096)(key2volume), asyncio.Semaphore(8)
         self.ranking = lambda key: rank(key, flags.volumes, 256, flags.subvolumes)
         self.pause, self.ticked = min(5.0, flags.grace / 2 + 0.05), time.monotonic()  # of sweep()
 
     async def answer(self, request: Request, body: Pieces | None) -> bytes | Pieces:
         """The answer to a request, whole or as the pieces of its JSON. HTTPError."""
-        await self.log_in(request)
+        if not self.admits(request):
+            await self.log_in(request.fields.get(b"authorization", b""))
         if request.query is not None:
             return self.query(request)
-        key, verb = parse_key(request.path), request.method
+        key, verb = request.key, request.method
         if verb in ("GET", "HEAD"):
-            return await self.get(key, request.path)
+            return self.find(key) or await self.get(key)
         if verb == "PUT":
             md5 = request.fields.get(b"content-md5", b"").decode("latin-1")
             return await self.put(key, request.length, md5, body, Record(), [])
@@ -593,20 +585,18 @@ class Store:  # an index, volumes, and the flags that say how to use them
         await self.erase(key, () if verb == "UNLINK" else old.replicas, (204, 404))
         return response(204)
 
-    async def log_in(self, request: Request) -> None:  # whom a volume with AUTH lets in. 401, 503
-        given, free = request.fields.get(b"authorization", b""), request[1:3] == (b"/", b"health")
-        proof, now = self.flags.basicauth and hashlib.sha256(given).digest(), time.monotonic()
-        if free or not proof or self.known.get(proof, 0.0) > now:
-            return
-        await asyncio.sleep(0)  # from here on it takes time
+    def admits(self, request: Request) -> bool:  # without a question
+        free = not self.flags.basicauth or request[1:3] == (b"/", b"health")
+        return free or self.known.get(request.fields.get(b"authorization"), 0.0) > time.monotonic()
+
+    async def log_in(self, given: bytes) -> None:  # whom a volume with AUTH lets in. 401, 503
         line = f"Authorization: {given[:2048].decode('latin-1')}\r\n"
         for volume in sorted(self.flags.volumes, key=self.volumes.down.__contains__):
             async with self.gate:  # not all at once: nginx hashes slowly, and has other work
-                status, _ = await self.volumes.request("HEAD", f"{volume}/login", "", None, line)
+                status, _ = await self.volumes.request("HEAD", f"{volume}/login", "", line)
             require(status != 401, 401, "user and password, please", DEMAND)
             if status == 204:  # 404: that volume lets in everybody
-                self.known = {p: t for p, t in self.known.items() if t > now}
-                self.known[proof] = now + LOGIN_TIME
+                self.known[given] = time.monotonic() + LOGIN_TIME
                 return
         raise HTTPError(503, "no volume can check the credentials")
 
@@ -615,30 +605,41 @@ class Store:  # an index, volumes, and the flags that say how to use them
         asks = [self.volumes.request(method, p, key2path(key, i)) for p, i in replicas]
         return dict(zip(replicas, await asyncio.gather(*asks), strict=True))
 
-    async def get(self, key: bytes, path: bytes) -> bytes:
-        """302 to a trusted replica, at random; if none is, to one that answers now. 404, 503."""
+    def find(self, key: bytes) -> bytes:  # 404, or 302 to a trusted replica, or nothing: see get()
         record = self.index.record(key)
         if not record.replicas or record.deleted:
-            require(self.flags.fallback, 404, "no such key")
-            target = quote(path, safe="%/:@!$&'()*+,;=~")  # as it was sent, but ASCII
-            return response(302, f"Location: http://{self.flags.fallback}{target}\r\n")
-        files = [(place, key2path(key, write_id)) for place, write_id in record.replicas]
-        random.shuffle(files)
-        best = next((file for file in files if self.volumes.trusts(*file)), None)
-        if not best:
-            await asyncio.sleep(0)  # from here on it takes time
-            up = [file for file in files if self.volumes.up(file[0])] or files
-            asks = [self.volumes.request("HEAD", *file) for file in up]
-            told = [status for status, _ in await asyncio.gather(*asks)]  # 0: nothing
-            best = dict(zip(told, up, strict=True)).get(200)
-            if not best and self.index.record(key) != record:  # deleted or moved meanwhile
-                return await self.get(key, path)
-            require(best, 404 if told == [404] * len(files) else 503, f"the volumes say {told}")
-        places = [place for place, _ in record.replicas]
+            to = self.flags.fallback and f"Location: http://{self.flags.fallback}{quote(key)}\r\n"
+            return response(302, to) if to else response(404, TEXT, b"no such key\n")
+        turn = int(random.random() * len(record.replicas))
+        for file in record.replicas[turn:] + record.replicas[:turn]:
+            if self.volumes.trusts(file.location, key, file.write_id):
+                return self.redirect(key, record, file, int(time.time()))
+        return b""
+
+    def make_redirect(self, key: bytes, record: Record, file: Replica, now: int) -> bytes:
+        """302 to a file, signed for nginx's secure_link if there is a secret."""
+        places, link = [place for place, _ in record.replicas], key2path(key, file.write_id)
+        if secret := os.environ.get("MKV_SECRET"):
+            path, until = (file.location + link).partition("/")[2], now + int(self.flags.expiry)
+            text = f"{until}/{path} {secret}".encode(errors="surrogateescape")
+            proof = base64.urlsafe_b64encode(hashlib.md5(text).digest())[:22].decode()
+            link += f"?md5={proof}&expires={until}"
         balance = "balanced" if places == self.ranking(key)[: self.flags.replicas] else "unbalanced"
-        fields = f"Location: http://{self.volumes.link(*best)}\r\n"
+        fields = f"Location: http://{file.location}{link}\r\n"
         fields += f"Key-Volumes: {','.join(places)}\r\nKey-Balance: {balance}\r\n"
         return response(302, fields + f"Content-Md5: {record.hash}\r\n" * bool(record.hash))
+
+    async def get(self, key: bytes) -> bytes:
+        """302 to a replica that is there now, as its volume says. 404, 503."""
+        record = self.index.record(key)
+        up = [r for r in record.replicas if self.volumes.up(r.location)] or record.replicas
+        told = {file: status for file, (status, _) in (await self.ask("HEAD", key, up)).items()}
+        good = [file for file, status in told.items() if status == 200]
+        if not good and self.index.record(key) != record:  # deleted or moved meanwhile
+            return self.find(key) or await self.get(key)
+        gone = [*told.values()] == [404] * len(record.replicas)
+        require(good, 404 if gone else 503, f"the volumes say {[*told.values()]}")
+        return self.redirect(key, record, random.choice(good), int(time.time()))
 
     async def put(self, key: bytes, length: Any, md5: str, body: Any, old: Any, keep: Any) -> bytes:
         """201: `replicas` volumes have it all (some `keep` it), the index on disk names them."""
@@ -653,7 +654,7 @@ class Store:  # an index, volumes, and the flags that say how to use them
             await self.index.evict(key, self.index.look(key).owner)
             write_id = await self.index.do(Row.claim, key, owner, todo, time.time(), old, keep)
             path = key2path(key, write_id)
-            statuses, size, digest = await self.volumes.write(path, todo, body)
+            statuses, size, digest = await self.volumes.write(path, todo, body, length)
             self.counters["received_bytes_total"] += size
             require(size or old.size == 0, 411, "a value has at least one byte")
             right = {"", digest.hex(), base64.b64encode(digest).decode()} & {md5, md5.lower()}
@@ -729,8 +730,7 @@ class Store:  # an index, volumes, and the flags that say how to use them
             text = "".join(f"mkv_{n} {v}\n" for n, v in (values | self.counters).items())
             return response(200, TEXT, text.encode() if "metrics" in query else b"ok\n")
         require(set(query) - {"start", "limit"} in ({"list"}, {"unlinked"}), 400, "try ?list")
-        prefix, most = unquote_to_bytes(request.path), int(limit or sys.maxsize)
-        return self.list(prefix, start.encode(), most, "unlinked" in query)
+        return self.list(request.key, start.encode(), int(limit or 1 << 62), "unlinked" in query)
 
     async def list(self, prefix: bytes, start: bytes, limit: int, unlinked: bool) -> Pieces:
         """The JSON of the keys with a prefix, from `start` on, a thousand at a time."""
@@ -820,8 +820,8 @@ class Maintenance(Store):  # one run of a command
         self.total += self.index.count()[0]
         for rows in self.index.walk(self.index.keys, b"", 16):
             await asyncio.gather(*(job(key, parse_record(text)) for key, text in rows))
-            for key, row in [(key, self.index.look(key)) for key, _ in rows]:
-                home, places = self.ranking(key)[: self.flags.replicas], row.record.replicas
+            for key, places in [(key, self.index.record(key).replicas) for key, _ in rows]:
+                home = self.ranking(key)[: self.flags.replicas]
                 if places and [place for place, _ in places] != home:
                     self.report("unbalanced", key)
             self.done += len(rows)
