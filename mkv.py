@@ -560,11 +560,10 @@ class Volumes:  # what is known of them; a location that answers is trusted for 
 # The verbs, without sockets or LMDB. An operation of the index decides; all else is work on files.
 class Store:  # an index, volumes, and the flags that say how to use them
     def __init__(self, flags: argparse.Namespace, index: Index) -> None:
-        self.flags, self.index, self.volumes = flags, index, Volumes(flags)
+        self.flags, self.index, self.volumes, self.draining = flags, index, Volumes(flags), False
         self.connections, self.refused, self.known, self.counters = set(), set(), {}, Counter()
-        self.redirect, self.draining = lru_cache(4096)(self.make_redirect), False
-        rank, self.gate = lru_cache(4096)(key2volume), asyncio.Semaphore(8)
-        self.ranking = lambda key: rank(key, flags.volumes, 256, flags.subvolumes)
+        self.redirect, self.gate = lru_cache(4096)(self.make_redirect), asyncio.Semaphore(8)
+        self.ranking = lambda key: key2volume(key, flags.volumes, 256, flags.subvolumes)
         self.pause, self.ticked = min(5.0, flags.grace / 2 + 0.05), time.monotonic()  # of sweep()
 
     async def answer(self, request: Request, body: Pieces | None) -> bytes | Pieces:
@@ -605,7 +604,8 @@ class Store:  # an index, volumes, and the flags that say how to use them
         asks = [self.volumes.request(method, p, key2path(key, i)) for p, i in replicas]
         return dict(zip(replicas, await asyncio.gather(*asks), strict=True))
 
-    def find(self, key: bytes) -> bytes:  # 404, or 302 to a trusted replica, or nothing: see get()
+    def find(self, key: bytes) -> bytes:
+        """302 to a trusted replica, at random, or 404. Nothing: get() has to ask volumes."""
         record = self.index.record(key)
         if not record.replicas or record.deleted:
             to = self.flags.fallback and f"Location: http://{self.flags.fallback}{quote(key)}\r\n"
@@ -645,8 +645,8 @@ class Store:  # an index, volumes, and the flags that say how to use them
         """201: `replicas` volumes have it all (some `keep` it), the index on disk names them."""
         require(length != 0, 411, "a value has at least one byte, and a length or chunks")
         require(re.fullmatch(r"[\da-fA-F]{32}|[\w+/]{22}==|", md5), 400, "malformed Content-MD5")
-        able = [p for p in self.ranking(key) if p not in dict(keep) and self.volumes.takes(p)]
-        count = self.flags.replicas - len(keep)
+        ranking, count = self.ranking(key), self.flags.replicas - len(keep)
+        able = [p for p in ranking if p not in dict(keep) and self.volumes.takes(p)]
         require(len(able) >= count, 503, f"of {count} volumes needed {len(able)} can be written")
         todo, spare = able[:count], able[count:]
         owner, write_id = f"{self.index.process}.{os.urandom(7).hex()}", None
@@ -669,7 +669,7 @@ class Store:  # an index, volumes, and the flags that say how to use them
                         copied, _, same = await self.volumes.write(path, [file.location], copy)
                         made += [file] * (copied == {file.location: 201} and same == digest)
             require(len(made) == count, 503, f"{count} replicas cannot be made: {statuses}")
-            files = tuple(sorted([*keep, *made], key=lambda file: self.ranking(key).index(file[0])))
+            files = tuple(sorted([*keep, *made], key=lambda file: ranking.index(file[0])))
             known = digest.hex() if self.flags.md5sum and (old.hash or not keep) else ""
             record = Record(files, size, write_id, known, old.deleted)
             before = await self.index.do(Row.commit, key, owner, record, old)
