@@ -365,12 +365,12 @@ class Connection(asyncio.StreamReaderProtocol):  # of a client; requests are ans
         (crowd := self.store.refused if self.full else self.store.connections).add(self)
         try:
             while not self.closing:
-                await writer.drain()
                 await asyncio.sleep(0)  # for the others
                 self.idle = not self.full
                 first = await reader.readexactly(1) if self.idle else b""
                 self.idle, self.due = False, sys.maxsize
                 await self.serve(first)
+                await writer.drain()
             writer.write_eof()  # close() at once would reset the answer away
             async with asyncio.timeout(TICK * (len(crowd) < 32) if self.full else LINGER_TIME):
                 while await reader.read(READ_AHEAD):
@@ -400,7 +400,7 @@ class Connection(asyncio.StreamReaderProtocol):  # of a client; requests are ans
         if close := close or self.store.draining:
             answer = answer.replace(b"\r\n", b"\r\nConnection: close\r\n", 1)
         self.closing = close
-        self.send(answer, method, path, began)
+        self.send(answer, "HEAD" if first == b"H" else method, path, began)
         if rest and method == "GET":
             async for piece in rest:
                 self.writer.write(piece)
@@ -461,6 +461,7 @@ class Volumes:  # what is known of them; a location that answers is trusted for 
     async def exchange(self, verb: str, place: str, path: str, more: str = "", body: Any = None):
         """Status, length, pieces of an answer; 503. body() gives pieces of ours, b"" at the end."""
         (volume, slash, drive), link, auth = place.partition("/"), (), more.startswith("Auth")
+        piece = await body() if body else b""  # before a connection waits for it, and is closed
         idle, seconds = self.pool(volume), self.patience * (10 if verb in ("GET", "PUT") else 1)
         try:
             if not idle:
@@ -471,11 +472,11 @@ class Volumes:  # what is known of them; a location that answers is trusted for 
             fields, chunked = more if auth else self.login + more, more.startswith("T")
             head = f"{verb} {slash}{drive}{path} HTTP/1.1\r\nHost: {volume}\r\n{fields}\r\n"
             lead = head.encode()  # sent with what comes next: each write costs
-            while body and (piece := await body()):
+            while piece:
                 async with asyncio.timeout(seconds):
                     writer.writelines((lead, b"%x\r\n" % len(piece) if chunked else b"", piece))
                     await writer.drain()
-                lead = b"\r\n" * chunked
+                lead, piece = b"\r\n" * chunked, await body()
             writer.write(lead + b"0\r\n\r\n" * chunked)
             async with asyncio.timeout(seconds):
                 answer = await reader.readuntil(b"\r\n\r\n")
@@ -561,7 +562,7 @@ class Volumes:  # what is known of them; a location that answers is trusted for 
 class Store:  # an index, volumes, and the flags that say how to use them
     def __init__(self, flags: argparse.Namespace, index: Index) -> None:
         self.flags, self.index, self.volumes, self.draining = flags, index, Volumes(flags), False
-        self.connections, self.refused, self.known, self.counters = set(), set(), {}, Counter()
+        self.connections, self.refused, self.seen, self.counters = set(), set(), {}, Counter()
         self.redirect, self.gate = lru_cache(4096)(self.make_redirect), asyncio.Semaphore(8)
         self.ranking = lambda key: key2volume(key, flags.volumes, 256, flags.subvolumes)
         self.pause, self.ticked = min(5.0, flags.grace / 2 + 0.05), time.monotonic()  # of sweep()
@@ -585,19 +586,19 @@ class Store:  # an index, volumes, and the flags that say how to use them
         return response(204)
 
     def admits(self, request: Request) -> bool:  # without a question
-        free = not self.flags.basicauth or request[1:3] == (b"/", b"health")
-        return free or self.known.get(request.fields.get(b"authorization"), 0.0) > time.monotonic()
+        ok = not self.flags.basicauth or request[1:3] == (b"/", b"health")
+        return ok or self.seen.get(hash(request.fields.get(b"authorization")), 0) > self.ticked
 
-    async def log_in(self, given: bytes) -> None:  # whom a volume with AUTH lets in. 401, 503
-        line = f"Authorization: {given[:2048].decode('latin-1')}\r\n"
+    async def log_in(self, auth: bytes) -> None:  # whom a volume with AUTH lets in. 401, 503
+        line, now = f"Authorization: {auth[:2048].decode('latin-1')}\r\n", time.monotonic()
         for volume in sorted(self.flags.volumes, key=self.volumes.down.__contains__):
             async with self.gate:  # not all at once: nginx hashes slowly, and has other work
                 status, _ = await self.volumes.request("HEAD", f"{volume}/login", "", line)
             require(status != 401, 401, "user and password, please", DEMAND)
             if status == 204:  # 404: that volume lets in everybody
-                self.known[given] = time.monotonic() + LOGIN_TIME
-                return
-        raise HTTPError(503, "no volume can check the credentials")
+                break
+        require(status == 204, 503, "no volume can check the credentials")
+        self.seen = {h: t for h, t in self.seen.items() if t > now} | {hash(auth): now + LOGIN_TIME}
 
     async def ask(self, method: str, key: bytes, replicas: Sequence[Replica]) -> dict:
         """What the volumes answer about files of a key: (status, size) by replica."""
@@ -610,8 +611,8 @@ class Store:  # an index, volumes, and the flags that say how to use them
         if not record.replicas or record.deleted:
             to = self.flags.fallback and f"Location: http://{self.flags.fallback}{quote(key)}\r\n"
             return response(302, to) if to else response(404, TEXT, b"no such key\n")
-        turn = int(random.random() * len(record.replicas))
-        for file in record.replicas[turn:] + record.replicas[:turn]:
+        turn, way = int(random.random() * len(record.replicas)), random.choice((1, -1))
+        for file in (record.replicas[turn:] + record.replicas[:turn])[::way]:
             if self.volumes.trusts(file.location, key, file.write_id):
                 return self.redirect(key, record, file, int(time.time()))
         return b""
@@ -629,13 +630,12 @@ class Store:  # an index, volumes, and the flags that say how to use them
         fields += f"Key-Volumes: {','.join(places)}\r\nKey-Balance: {balance}\r\n"
         return response(302, fields + f"Content-Md5: {record.hash}\r\n" * bool(record.hash))
 
-    async def get(self, key: bytes) -> bytes:
-        """302 to a replica that is there now, as its volume says. 404, 503."""
+    async def get(self, key: bytes) -> bytes:  # 302 to a replica that is there now. 404, 503
         record = self.index.record(key)
         up = [r for r in record.replicas if self.volumes.up(r.location)] or record.replicas
         told = {file: status for file, (status, _) in (await self.ask("HEAD", key, up)).items()}
         good = [file for file, status in told.items() if status == 200]
-        if not good and self.index.record(key) != record:  # deleted or moved meanwhile
+        if not good and (not up or self.index.record(key) != record):  # deleted or moved meanwhile
             return self.find(key) or await self.get(key)
         gone = [*told.values()] == [404] * len(record.replicas)
         require(good, 404 if gone else 503, f"the volumes say {[*told.values()]}")
@@ -967,9 +967,9 @@ async def serve(store: Store, listener: socket.socket, said: str) -> None:
         while time.monotonic() < began + DRAIN_TIME:
             await loop.connect_accepted_socket(opened, queue.accept()[0])
     while await asyncio.sleep(0.02, store.connections):  # those just accepted, too
-        for connection in list(store.connections):  # an idle one has a second to ask once more
-            if time.monotonic() - began > (1 if connection.idle else DRAIN_TIME):
-                connection.writer.transport.abort()
+        for each in list(store.connections):  # an idle one has a second to ask once more
+            if time.monotonic() - began > (1 if each.idle and not each.unsent() else DRAIN_TIME):
+                each.writer.transport.abort()
 
 
 def main() -> None:
