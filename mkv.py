@@ -225,7 +225,8 @@ class Index:
     async def flush(self) -> None:  # group commit: what queues up during one sync is the next
         while self.queue:
             group, self.queue, self.kept = self.kept + self.queue, [], []
-            answers = await asyncio.to_thread(self.commit, group)
+            commit = asyncio.get_running_loop().run_in_executor(None, self.commit, group)
+            answers = await asyncio.shield(commit)  # which is not called off with this task
             for (*_, future), answer in zip(group, answers, strict=True):
                 if not future.done():  # as is one that was kept
                     refused = isinstance(answer, Exception)
@@ -820,9 +821,8 @@ class Maintenance(Store):  # one run of a command
         self.total += self.index.count()[0]
         for rows in self.index.walk(self.index.keys, b"", 16):
             await asyncio.gather(*(job(key, parse_record(text)) for key, text in rows))
-            for key, places in [(key, self.index.record(key).replicas) for key, _ in rows]:
-                home = self.ranking(key)[: self.flags.replicas]
-                if places and [place for place, _ in places] != home:
+            for key, files in [(key, self.index.record(key).replicas) for key, _ in rows]:
+                if files and [p for p, _ in files] != self.ranking(key)[: self.flags.replicas]:
                     self.report("unbalanced", key)
             self.done += len(rows)
 

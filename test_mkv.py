@@ -952,6 +952,22 @@ def test_walk_goes_through_all_rows_from_a_start_on(tmp_path: Path) -> None:
             assert all(text == index.look(key).record.text() for key, text in rows[:10])
 
 
+def test_what_is_queued_when_an_event_loop_ends_is_done_all_the_same(tmp_path: Path) -> None:
+    with opened(tmp_path / "index") as index:
+
+        async def leave() -> None:
+            loop, begun = asyncio.get_running_loop(), threading.Event()
+            loop.set_default_executor(ThreadPoolExecutor(1))
+            loop.run_in_executor(None, lambda: begun.set() or time.sleep(0.2))  # a busy machine
+            index.do(mkv.Row.claim, b"/k", new_owner(index), ["a:1"], 1.0, mkv.Record())
+            while index.queue or not begun.is_set():
+                await asyncio.sleep(0)
+
+        asyncio.run(leave())
+        index.commit(index.kept + index.queue)
+        assert index.look(b"/k").owner.startswith(index.process)
+
+
 PROCESS = f"""
 import asyncio, os, sys
 sys.path.insert(0, {str(HERE)!r})
