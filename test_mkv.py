@@ -226,7 +226,11 @@ class Server:
         command += ["-db", str(self.db), "-port", str(self.port), *self.flags]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log)
-        until(self.alive)
+        try:
+            until(self.alive)
+        except AssertionError:  # nobody else would end it
+            self.process.kill()
+            raise
 
     def alive(self) -> bool:
         assert self.process.poll() is None, self.log.read_text()
