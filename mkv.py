@@ -220,7 +220,7 @@ class Index:
         self.queue.append((operation, key, args, time.time(), future))
         if not self.flushing or self.flushing.done() or self.flushing.cancelling():
             self.flushing = asyncio.create_task(self.flush())
-        return asyncio.shield(future)
+        return future
 
     async def flush(self) -> None:  # group commit: what queues up during one sync is the next
         while self.queue:
@@ -435,7 +435,7 @@ class Volumes:  # what is known of them; a location that answers is trusted for 
     def pool(self, volume: str, failed: bool = False) -> list:
         """Idle connections. If one failed, or is closed, so may be all: none, and no more trust."""
         links = self.idle[volume]
-        if failed or any(link[0].at_eof() or link[1].is_closing() for link in links[-1:]):
+        if failed or (links and (links[-1][0].at_eof() or links[-1][1].is_closing())):
             self.trusted = {p: t for p, t in self.trusted.items() if p.partition("/")[0] != volume}
             while links:
                 links.pop()[1].transport.abort()
@@ -474,13 +474,13 @@ class Volumes:  # what is known of them; a location that answers is trusted for 
             head = f"{verb} {slash}{drive}{path} HTTP/1.1\r\nHost: {volume}\r\n{fields}\r\n"
             lead = head.encode()  # sent with what comes next: each write costs
             while piece:
-                async with asyncio.timeout(seconds):
-                    writer.writelines((lead, b"%x\r\n" % len(piece) if chunked else b"", piece))
-                    await writer.drain()
+                writer.writelines((lead, b"%x\r\n" % len(piece) if chunked else b"", piece))
+                if writer.transport.get_write_buffer_size() > READ_AHEAD / 4:
+                    await asyncio.wait_for(writer.drain(), seconds)
                 lead, piece = b"\r\n" * chunked, await body()
             writer.write(lead + b"0\r\n\r\n" * chunked)
             async with asyncio.timeout(seconds):
-                answer = await reader.readuntil(b"\r\n\r\n")
+                answer = re.sub(rb"Location: .*\r\n", b"", await reader.readuntil(b"\r\n\r\n"))
             require(first := STATUS.match(answer), 503, "malformed first line")
             status, (_, length, close) = int(first[1]), parse_fields(answer[first.end() :])
             if not auth:  # what a stranger is told says nothing of the volume
