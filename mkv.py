@@ -548,7 +548,7 @@ class Volumes:  # what is known of them; a location that answers is trusted for 
     def trusts(self, location: str, key: bytes, write_id: str) -> bool:  # asked again in good time
         self.pool(location.partition("/")[0])
         left = self.trusted.get(location, 0.0) - time.monotonic()
-        if left < self.timeout / 4 and self.up(location):
+        if left < self.timeout / 4 and self.timeout and self.up(location):
             self.probe(location, key2path(key, write_id))
         return left > 0
 

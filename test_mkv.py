@@ -1641,6 +1641,23 @@ def test_with_voltimeout_0_a_replica_without_the_file_is_never_named(
     assert system.server.call("GET", "/partly").status == 404
 
 
+COUNTED = """
+async def request(self, verb, *what, request=mkv.Volumes.request):
+    print("question", verb, file=sys.stderr, flush=True)
+    return await request(self, verb, *what)
+
+mkv.Volumes.request = request
+"""
+
+
+def test_with_voltimeout_0_a_get_asks_each_replica_once(cluster: Callable[..., Cluster]) -> None:
+    server = cluster("-voltimeout", "0", preamble=COUNTED).server
+    assert server.put("/k", b"value") == 201
+    for _ in range(10):
+        assert server.call("GET", "/k").status == 302
+    assert server.log.read_text().count("question HEAD") == 30
+
+
 HIDDEN = """
 async def ask(self, method, key, replicas, ask=mkv.Store.ask):
     await self.index.do(mkv.Row.remove, key, True, False)
