@@ -351,12 +351,14 @@ class Connection(asyncio.StreamReaderProtocol):  # of a client; requests are ans
         began = time.monotonic()
         alone = self.idle and data[:4] == b"GET " and not self.reader._buffer and not self.unsent()
         if alone and data.find(b"\r\n\r\n") == len(data) - 4 < MAX_HEAD:
-            with contextlib.suppress(HTTPError):
+            try:
                 request = parse_request(data)
                 plain = request.query is None and request.length == 0 and not request.close
                 plain = plain and not self.store.draining and self.store.admits(request)
                 if plain and (answer := self.store.find(request.key)):
                     return self.send(answer, "GET", request.path, began)
+            except HTTPError:
+                pass  # converse() will say so
         return super().data_received(data)
 
     async def converse(self, reader: asyncio.StreamReader, writer: Any) -> None:
@@ -479,18 +481,16 @@ class Volumes:  # what is known of them; a location that answers is trusted for 
                     await asyncio.wait_for(writer.drain(), seconds)
                 lead, piece = b"\r\n" * chunked, await body()
             writer.write(lead + b"0\r\n\r\n" * chunked)
-            async with asyncio.timeout(seconds):
-                answer = re.sub(rb"Location: .*\r\n", b"", await reader.readuntil(b"\r\n\r\n"))
+            async with asyncio.timeout(seconds):  # all answers to PUT are the same but for Location
+                answer = re.sub(rb"\nLocation: .*\r", b"", await reader.readuntil(b"\r\n\r\n"))
             require(first := STATUS.match(answer), 503, "malformed first line")
             status, (_, length, close) = int(first[1]), parse_fields(answer[first.end() :])
             if not auth:  # what a stranger is told says nothing of the volume
                 self.mark(volume, "it answers 401" if status == 401 else "")
             if status >= 500 or verb == "PUT":
                 self.mark(place + "/", "" if status == 201 else f"it answers {status}")
-            if status < 300:
-                self.trusted[place] = time.monotonic() + self.timeout
-            elif status != 404:
-                self.trusted.pop(place, None)
+            if status != 404:  # which says something of a file only
+                self.trusted[place] = (time.monotonic() + self.timeout) * (status < 300)
             rest = 0 if verb == "HEAD" or status == 204 else length
             yield status, length, read_body(reader, rest, seconds)
             if (verb == "GET" or not rest) and not (close or reader._buffer or len(idle) > 63):
@@ -565,7 +565,7 @@ class Store:  # an index, volumes, and the flags that say how to use them
         self.flags, self.index, self.volumes, self.draining = flags, index, Volumes(flags), False
         self.connections, self.refused, self.seen, self.counters = set(), set(), {}, Counter()
         self.redirect, self.gate = lru_cache(4096)(self.make_redirect), asyncio.Semaphore(8)
-        self.ranking = lambda key: key2volume(key, flags.volumes, 256, flags.subvolumes)
+        self.ranking = lambda key, n=256: key2volume(key, flags.volumes, n, flags.subvolumes)
         self.pause, self.ticked = min(5.0, flags.grace / 2 + 0.05), time.monotonic()  # of sweep()
 
     async def answer(self, request: Request, body: Pieces | None) -> bytes | Pieces:
@@ -612,7 +612,7 @@ class Store:  # an index, volumes, and the flags that say how to use them
         if not record.replicas or record.deleted:
             to = self.flags.fallback and f"Location: http://{self.flags.fallback}{quote(key)}\r\n"
             return response(302, to) if to else response(404, TEXT, b"no such key\n")
-        turn, way = int(random.random() * len(record.replicas)), random.choice((1, -1))
+        turn, way = int(random.random() * len(record.replicas)), random.getrandbits(1) or -1
         for file in (record.replicas[turn:] + record.replicas[:turn])[::way]:
             if self.volumes.trusts(file.location, key, file.write_id):
                 return self.redirect(key, record, file, int(time.time()))
@@ -626,10 +626,10 @@ class Store:  # an index, volumes, and the flags that say how to use them
             text = f"{until}/{path} {secret}".encode(errors="surrogateescape")
             proof = base64.urlsafe_b64encode(hashlib.md5(text).digest())[:22].decode()
             link += f"?md5={proof}&expires={until}"
-        balance = "balanced" if places == self.ranking(key)[: self.flags.replicas] else "unbalanced"
-        fields = f"Location: http://{file.location}{link}\r\n"
-        fields += f"Key-Volumes: {','.join(places)}\r\nKey-Balance: {balance}\r\n"
-        return response(302, fields + f"Content-Md5: {record.hash}\r\n" * bool(record.hash))
+        balance = "balanced" if places == self.ranking(key, self.flags.replicas) else "unbalanced"
+        fields = f"Location: http://{file.location}{link}\r\nKey-Volumes: {','.join(places)}\r\n"
+        fields += f"Content-Md5: {record.hash}\r\n" * bool(record.hash) + "Content-Length: 0\r\n"
+        return f"HTTP/1.1 302 Found\r\n{fields}Key-Balance: {balance}\r\n\r\n".encode()
 
     async def get(self, key: bytes) -> bytes:  # 302 to a replica that is there now. 404, 503
         record = self.index.record(key)
@@ -822,7 +822,7 @@ class Maintenance(Store):  # one run of a command
         for rows in self.index.walk(self.index.keys, b"", 16):
             await asyncio.gather(*(job(key, parse_record(text)) for key, text in rows))
             for key, files in [(key, self.index.record(key).replicas) for key, _ in rows]:
-                if files and [p for p, _ in files] != self.ranking(key)[: self.flags.replicas]:
+                if files and [p for p, _ in files] != self.ranking(key, self.flags.replicas):
                     self.report("unbalanced", key)
             self.done += len(rows)
 
