@@ -4649,7 +4649,7 @@ def command_line(pid: int) -> bytes:
 
 def kill_a_worker(server: Server) -> int:
     """Kill one; the others go on, and it is started anew."""
-    victim = random.choice(sorted(workers_of(server)))
+    victim = random.choice(sorted(until(lambda: workers_of(server))))  # both may have just ended
     with contextlib.suppress(ProcessLookupError):
         os.kill(victim, signal.SIGKILL)
     until(lambda: ended(victim))
