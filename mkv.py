@@ -736,10 +736,10 @@ class Store:  # an index, volumes, and the flags that say how to use them
     async def list(self, prefix: bytes, start: bytes, limit: int, unlinked: bool) -> Pieces:
         """The JSON of the keys with a prefix, from `start` on, a thousand at a time."""
         yield b'{"keys": ['
-        comma = ""
+        comma, size = "", len(prefix)
         for rows in self.index.walk(self.index.keys, max(prefix, start)):
-            shown = [key for key, text in rows if text.startswith(b"DELETED") == unlinked]
-            keys = [key.decode() for key in shown if key.startswith(prefix)]
+            shown = [key for key, text in rows if (text[:7] == b"DELETED") == unlinked]
+            keys = [key.decode() for key in shown if key[:size] == prefix]
             page, following = keys[:limit], "".join(keys[limit : limit + 1])
             yield (comma + json.dumps(page)[1:-1] if page else " ").encode()  # never empty
             comma, limit = ", " if page else comma, limit - len(page)
