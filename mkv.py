@@ -114,7 +114,7 @@ def parse_record(text: bytes) -> Record:  # the inverse of Record.text(). 500
 
 
 # --- index ----------------------------------------------------------------------------------------
-# Two LMDB tables. keys: key → record. journal: key → owner, since, files that may exist and that no
+# LMDB tables. keys: key → record. journal: key → owner, since, files that may exist and that no
 # record names: an owner is making them (the lock on the key), or they are garbage. An operation is
 # a function of row and plain arguments, without clock or chance; it is answered when on disk.
 class Row(NamedTuple):  # a key in both tables; each operation returns the new row, and an answer
@@ -619,7 +619,7 @@ class Store:  # an index, volumes, and the flags that say how to use them
         return b""
 
     def make_redirect(self, key: bytes, record: Record, file: Replica, now: int) -> bytes:
-        """302 to a file, signed for nginx's secure_link if there is a secret."""
+        """302 to a file, which redirect() keeps; signed for secure_link if there is a secret."""
         places, link = [place for place, _ in record.replicas], key2path(key, file.write_id)
         if secret := os.environ.get("MKV_SECRET"):
             path, until = (file.location + link).partition("/")[2], now + int(self.flags.expiry)

@@ -4964,6 +4964,32 @@ async def test_a_drive_that_hangs_is_soon_left_alone_for_longer_than_it_holds_up
         volumes.pool(volume, failed=True)  # ends the connection that is kept
 
 
+@pytest.mark.asyncio
+@pytest.mark.parametrize(
+    ("fields", "kept"),
+    [
+        (b"Location: http://x/k\r\n", 1),
+        (b"Content-Location: /k\r\nConnection: close\r\n", 0),
+        (b"Location: http://x/k\r\nConnection: close\r\n", 0),
+    ],
+)
+async def test_a_volume_may_say_that_it_closes_beside_any_location(
+    fields: bytes, kept: int
+) -> None:
+    async def say(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError, EOFError):
+            while await reader.readuntil(b"\r\n\r\n"):
+                writer.write(b"HTTP/1.1 204 No Content\r\n" + fields + b"\r\n")
+        writer.close()
+
+    volumes = mkv.Volumes(types.SimpleNamespace(voltimeout=5.0, userpass=""))
+    async with asyncio.timeout(10), await asyncio.start_server(say, "127.0.0.1", 0) as server:
+        volume = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        assert await volumes.request("HEAD", volume, "/") == (204, 0)
+        assert len(volumes.idle[volume]) == kept
+        volumes.pool(volume, failed=True)  # ends the connection that is kept
+
+
 @pytest.mark.parametrize("ailments", [("dead", "dead"), ("dead", "frozen")])
 def test_a_put_that_finds_too_few_volumes_is_503_and_leaves_nothing(
     cluster: Make, mounts: Callable, ailments: tuple[str, str]
