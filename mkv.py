@@ -323,7 +323,7 @@ async def read_body(reader: Any, length: int | None, seconds: float, asked: Any 
     left, allowed = length, seconds  # to wait; BODY_RATE bytes earn one more
     while left or length is None:  # RFC 9112, 7.1
         began = time.monotonic()
-        async with asyncio.timeout(allowed):
+        async with asyncio.timeout(None if length and reader._buffer else allowed):
             if not left:
                 size = CHUNK.fullmatch(await reader.readuntil(b"\r\n"))
                 require(size, 400, "malformed chunk size")
@@ -389,7 +389,7 @@ class Connection(asyncio.StreamReaderProtocol):  # of a client; requests are ans
         method, path, close, rest, began = "-", b"-", True, (), time.monotonic()
         try:
             require(not self.full, 503, "too many connections: see -maxconns")
-            async with asyncio.timeout(HEAD_TIME):
+            async with asyncio.timeout(None if b"\r\n\r\n" in self.reader._buffer else HEAD_TIME):
                 request = parse_request(first + await self.reader.readuntil(b"\r\n\r\n"))
             method, path, close = request.method, request.path, request.close or request.length != 0
             body = read_body(self.reader, request.length, BODY_TIME, request.waits and self.writer)
@@ -434,9 +434,9 @@ class Volumes:  # what is known of them; a location that answers is trusted for 
         self.down: dict[str, tuple] = {}  # volume, or location + "/" for PUT → next try, pause
         self.probes: dict[str, asyncio.Task] = {}  # under way, by location
 
-    def pool(self, volume: str, failed: bool = False) -> list:
+    def pool(self, place: str, failed: bool = False) -> list:
         """Idle connections. If one failed, or is closed, so may be all: none, and no more trust."""
-        links = self.idle[volume]
+        links = self.idle[volume := place.partition("/")[0]]
         if failed or (links and (links[-1][0].at_eof() or links[-1][1].is_closing())):
             self.trusted = {p: t for p, t in self.trusted.items() if p.partition("/")[0] != volume}
             while links:
@@ -460,11 +460,10 @@ class Volumes:  # what is known of them; a location that answers is trusted for 
     def takes(self, location: str) -> bool:  # whether to PUT there, if only to try it again
         return self.up(location) and self.down.get(location + "/", (0.0,))[0] <= time.monotonic()
 
-    @contextlib.asynccontextmanager
-    async def exchange(self, verb: str, place: str, path: str, more: str = "", body: Any = None):
-        """Status, length, pieces of an answer; 503. body() gives pieces of ours, b"" at the end."""
-        (volume, slash, drive), link, auth = place.partition("/"), (), more.startswith("Auth")
-        piece = await body() if body else b""  # before a connection waits for it, and is closed
+    async def exchange(self, verb: str, place: str, path: str, more: str = "Content-Length: 0"):
+        """A request in steps: one task has many under way. Connects; takes the pieces of a body,
+        then None; yields those of a file; at last status (0: no whole answer), and length."""
+        volume, link, auth = place.partition("/")[0], (), more.startswith("Auth")
         idle, seconds = self.pool(volume), self.patience * (10 if verb in ("GET", "PUT") else 1)
         try:
             if not idle:
@@ -472,16 +471,19 @@ class Volumes:  # what is known of them; a location that answers is trusted for 
                 async with asyncio.timeout(self.patience):
                     link = await asyncio.open_connection(host.strip("[]"), port, limit=MAX_HEAD)
             reader, writer = link = link or idle.pop()
-            fields, chunked = more if auth else self.login + more, more.startswith("T")
-            head = f"{verb} {slash}{drive}{path} HTTP/1.1\r\nHost: {volume}\r\n{fields}\r\n"
-            lead = head.encode()  # sent with what comes next: each write costs
-            while piece:
+            path, fields = place[len(volume) :] + path, more if auth else self.login + more
+            lead = f"{verb} {path} HTTP/1.1\r\nHost: {volume}\r\n{fields}\r\n\r\n".encode()
+            chunked, due = more.startswith("T"), 0.0  # the head goes with a piece: each write costs
+            while piece := (yield):
+                if writer.is_closing() or writer.transport.get_write_buffer_size() > READ_AHEAD / 4:
+                    async with asyncio.timeout_at(due):
+                        await writer.drain()
                 writer.writelines((lead, b"%x\r\n" % len(piece) if chunked else b"", piece))
-                if writer.transport.get_write_buffer_size() > READ_AHEAD / 4:
-                    await asyncio.wait_for(writer.drain(), seconds)
-                lead, piece = b"\r\n" * chunked, await body()
+                lead, due = b"\r\n" * chunked, time.monotonic() + seconds
             writer.write(lead + b"0\r\n\r\n" * chunked)
-            async with asyncio.timeout(seconds):  # all answers to PUT are the same but for Location
+            due = time.monotonic() + seconds
+            yield  # all answers to PUT are the same but for Location; and a timer costs, too
+            async with asyncio.timeout_at(None if b"\r\n\r\n" in reader._buffer else due):
                 answer = re.sub(rb"\nLocation: .*\r", b"", await reader.readuntil(b"\r\n\r\n"))
             require(first := STATUS.match(answer), 503, "malformed first line")
             status, (_, length, close) = int(first[1]), parse_fields(answer[first.end() :])
@@ -492,61 +494,62 @@ class Volumes:  # what is known of them; a location that answers is trusted for 
             if status != 404:  # which says something of a file only
                 self.trusted[place] = (time.monotonic() + self.timeout) * (status < 300)
             rest = 0 if verb == "HEAD" or status == 204 else length
-            yield status, length, read_body(reader, rest, seconds)
+            if verb == "GET":
+                async for piece in read_body(reader, rest, seconds):
+                    if status == 200:
+                        yield piece
             if (verb == "GET" or not rest) and not (close or reader._buffer or len(idle) > 63):
                 idle.append(link)
         except (OSError, EOFError, ValueError, RuntimeError, asyncio.LimitOverrunError) as error:
+            status, length = 0, None
             self.pool(volume, failed=True)
             early = bool(link and (auth or reader._buffer))  # as some do; a login may be slow
             for name in [volume] * (not early) + [place + "/"] * (link != () and verb == "PUT"):
                 self.mark(name, str(error) or repr(error))
-            raise HTTPError(503, f"{place} does not answer {verb}: {error!r}") from error
         finally:
             if link and link not in idle:
                 writer.transport.abort()  # of an upload that is cut short nginx keeps nothing
+        yield status, length
 
-    async def request(self, *what: Any) -> tuple[int, int | None]:  # status, or 0, and length
-        with contextlib.suppress(HTTPError):
-            async with self.exchange(*what) as (status, length, _):
-                return status, length
-        return 0, None
+    async def head(self, *what: Any) -> int:  # status, or 0
+        return [step async for step in self.exchange("HEAD", *what)][-1][0]
 
     async def read(self, location: str, path: str) -> Pieces:  # of a file, streamed. 503
-        async with self.exchange("GET", location, path) as (status, _, pieces):
-            async for piece in pieces:
-                if status == 200:
-                    yield piece
-        require(status == 200, 503, f"{location} answers {status} to GET {path}")
+        async for step in self.exchange("GET", location, path):
+            if isinstance(step, bytes):
+                yield step
+        require(step[0] == 200, 503, f"{location} answers {step[0]} to GET {path}")
 
-    async def write(self, path: str, places: list[str], body: Pieces, length: Any = None) -> tuple:
-        """PUT a body to all places in one pass: statuses, size, md5. Raises what it raises."""
-        more = f"Content-Length: {length}\r\n" if length else "Transfer-Encoding: chunked\r\n"
-        size, md5, queues = 0, hashlib.md5(), {place: asyncio.Queue(1) for place in places}
+    async def send(self, verb: str, key: bytes, files: Any, body: Any = None, length: Any = 0):
+        """Ask for files of a key, all at once; each is PUT the same body, in one pass. Returns
+        (status, length) by file, the status 0 for no answer; size and MD5 of the body. 503."""
+        piece, size, md5 = await anext(body, b"") if body else b"", 0, hashlib.md5()
+        form = "Transfer-Encoding: chunked" if length is None else f"Content-Length: {length}"
+        exchanges = {f: self.exchange(verb, f[0], key2path(key, f[1]), form) for f in files}
+        answers = dict.fromkeys(files)
 
-        async def upload(place: str) -> tuple[str, int]:
-            status, _ = await self.request("PUT", place, path, more, queues[place].get)
-            queue = queues.pop(place)
-            while not queue.empty():  # who waits for room in it goes on
-                queue.get_nowait()
-            return place, status
+        async def step(some: Sequence[Replica], piece: bytes | None = None) -> None:
+            for file in some:
+                answers[file] = answers[file] or await exchanges[file].asend(piece)
 
-        tasks = [asyncio.create_task(upload(place)) for place in places]
         try:
-            async for piece in body:
+            ready = all(self.pool(place) for place, _ in files)  # else they connect side by side
+            await (step(files) if ready else asyncio.gather(*(step([file]) for file in files)))
+            while piece:
                 size += len(piece)
                 md5.update(piece)
-                for queue in list(queues.values()):
-                    await queue.put(piece)
-                require(queues or not places, 503, "no volume takes the value")
-            for queue in list(queues.values()):
-                await queue.put(b"")
-            return dict(await asyncio.gather(*tasks)), size, md5.digest()
+                await step(files, piece)  # the slowest sets the pace
+                require(not files or None in answers.values(), 503, "no volume takes the value")
+                piece = await anext(body, b"")
+            await step(files)  # all is sent
+            await step(files)
+            return answers, size, md5.digest()
         finally:
-            for task in tasks:
-                task.cancel()
+            for exchange in exchanges.values():
+                await exchange.aclose()
 
     def trusts(self, location: str, key: bytes, write_id: str) -> bool:  # asked again in good time
-        self.pool(location.partition("/")[0])
+        self.pool(location)
         left = self.trusted.get(location, 0.0) - time.monotonic()
         if left < self.timeout / 4 and self.timeout and self.up(location):
             self.probe(location, key2path(key, write_id))
@@ -554,7 +557,7 @@ class Volumes:  # what is known of them; a location that answers is trusted for 
 
     def probe(self, place: str, path: str = "/") -> None:  # in the background, one at a time
         if place not in self.probes:
-            self.probes[place] = asyncio.create_task(self.request("HEAD", place, path))
+            self.probes[place] = asyncio.create_task(self.head(place, path))
             self.probes[place].add_done_callback(lambda _: self.probes.pop(place))
 
 
@@ -591,20 +594,15 @@ class Store:  # an index, volumes, and the flags that say how to use them
         return ok or self.seen.get(hash(request.fields.get(b"authorization")), 0) > self.ticked
 
     async def log_in(self, auth: bytes) -> None:  # whom a volume with AUTH lets in. 401, 503
-        line, now = f"Authorization: {auth[:2048].decode('latin-1')}\r\n", time.monotonic()
+        line, now = f"Authorization: {auth[:2048].decode('latin-1')}", time.monotonic()
         for volume in sorted(self.flags.volumes, key=self.volumes.down.__contains__):
             async with self.gate:  # not all at once: nginx hashes slowly, and has other work
-                status, _ = await self.volumes.request("HEAD", f"{volume}/login", "", line)
+                status = await self.volumes.head(f"{volume}/login", "", line)
             require(status != 401, 401, "user and password, please", DEMAND)
             if status == 204:  # 404: that volume lets in everybody
                 break
         require(status == 204, 503, "no volume can check the credentials")
         self.seen = {h: t for h, t in self.seen.items() if t > now} | {hash(auth): now + LOGIN_TIME}
-
-    async def ask(self, method: str, key: bytes, replicas: Sequence[Replica]) -> dict:
-        """What the volumes answer about files of a key: (status, size) by replica."""
-        asks = [self.volumes.request(method, p, key2path(key, i)) for p, i in replicas]
-        return dict(zip(replicas, await asyncio.gather(*asks), strict=True))
 
     def find(self, key: bytes) -> bytes:
         """302 to a trusted replica, at random, or 404. Nothing: get() has to ask volumes."""
@@ -634,12 +632,13 @@ class Store:  # an index, volumes, and the flags that say how to use them
     async def get(self, key: bytes) -> bytes:  # 302 to a replica that is there now. 404, 503
         record = self.index.record(key)
         up = [r for r in record.replicas if self.volumes.up(r.location)] or record.replicas
-        told = {file: status for file, (status, _) in (await self.ask("HEAD", key, up)).items()}
-        good = [file for file, status in told.items() if status == 200]
+        answers, *_ = await self.volumes.send("HEAD", key, up)
+        good = [file for file, (status, _) in answers.items() if status == 200]
         if not good and (not up or self.index.record(key) != record):  # deleted or moved meanwhile
             return self.find(key) or await self.get(key)
-        gone = [*told.values()] == [404] * len(record.replicas)
-        require(good, 404 if gone else 503, f"the volumes say {[*told.values()]}")
+        told = [status for status, _ in answers.values()]
+        gone = told == [404] * len(record.replicas)
+        require(good, 404 if gone else 503, f"the volumes say {told}")
         return self.redirect(key, record, random.choice(good), int(time.time()))
 
     async def put(self, key: bytes, length: Any, md5: str, body: Any, old: Any, keep: Any) -> bytes:
@@ -647,32 +646,31 @@ class Store:  # an index, volumes, and the flags that say how to use them
         require(length != 0, 411, "a value has at least one byte, and a length or chunks")
         require(re.fullmatch(r"[\da-fA-F]{32}|[\w+/]{22}==|", md5), 400, "malformed Content-MD5")
         ranking, count = self.ranking(key), self.flags.replicas - len(keep)
-        able = [p for p in ranking if p not in dict(keep) and self.volumes.takes(p)]
-        require(len(able) >= count, 503, f"of {count} volumes needed {len(able)} can be written")
-        todo, spare = able[:count], able[count:]
-        owner, write_id = f"{self.index.process}.{os.urandom(7).hex()}", None
+        fit = [p for p in ranking if p not in dict(keep) and self.volumes.takes(p)]
+        require(len(fit) >= count, 503, f"of {count} volumes needed {len(fit)} can be written")
+        owner, write_id, todo = f"{self.index.process}.{os.urandom(7).hex()}", None, fit[:count]
         try:
             await self.index.evict(key, self.index.look(key).owner)
             write_id = await self.index.do(Row.claim, key, owner, todo, time.time(), old, keep)
-            path = key2path(key, write_id)
-            statuses, size, digest = await self.volumes.write(path, todo, body, length)
+            files = [Replica(place, write_id) for place in fit]
+            answers, size, digest = await self.volumes.send("PUT", key, files[:count], body, length)
             self.counters["received_bytes_total"] += size
             require(size or old.size == 0, 411, "a value has at least one byte")
             right = {"", digest.hex(), base64.b64encode(digest).decode()} & {md5, md5.lower()}
             require(right, 503 if old.replicas else 400, f"MD5 does not match: {digest.hex()}")
-            made = [Replica(place, write_id) for place in todo if statuses[place] == 201]
-            for file in [Replica(place, write_id) for place in spare]:
+            made = [file for file, (status, _) in answers.items() if status == 201]
+            for file in files[count:]:
                 if 0 < len(made) < count:
                     logging.warning("%r has a stand-in at %s", key.decode(), file.location)
                     await self.index.do(Row.extend, key, owner, file)
-                    copy = self.volumes.read(random.choice(made).location, path)
+                    copy = self.volumes.read(random.choice(made).location, key2path(key, write_id))
                     with contextlib.suppress(HTTPError):  # the next one may do
-                        copied, _, same = await self.volumes.write(path, [file.location], copy)
-                        made += [file] * (copied == {file.location: 201} and same == digest)
-            require(len(made) == count, 503, f"{count} replicas cannot be made: {statuses}")
-            files = tuple(sorted([*keep, *made], key=lambda file: ranking.index(file[0])))
+                        copied, _, same = await self.volumes.send("PUT", key, [file], copy, None)
+                        made += [file] * (copied[file][0] == 201 and same == digest)
+            require(len(made) == count, 503, f"{count} replicas cannot be made: {answers}")
+            replicas = tuple(sorted([*keep, *made], key=lambda file: ranking.index(file[0])))
             known = digest.hex() if self.flags.md5sum and (old.hash or not keep) else ""
-            record = Record(files, size, write_id, known, old.deleted)
+            record = Record(replicas, size, write_id, known, old.deleted)
             before = await self.index.do(Row.commit, key, owner, record, old)
         except BaseException:  # after any commit queued before it: no record names what it lists
             listed = await self.index.do(Row.settle, key, owner, ())
@@ -683,14 +681,14 @@ class Store:  # an index, volumes, and the flags that say how to use them
 
     async def examine(self, key: bytes, record: Record, deep: bool) -> dict[Replica, str]:
         """What is wrong with each replica: "", missing, size, md5 (if deep), or unreachable."""
-        wrong, sums = {}, {}
-        for file, (status, size) in (await self.ask("HEAD", key, record.replicas)).items():
+        (answers, *_), wrong, sums = await self.volumes.send("HEAD", key, record.replicas), {}, {}
+        for file, (status, size) in answers.items():
             same = "" if record.size in (size, None) else "size"
             wrong[file] = {200: same, 404: "missing"}.get(status, "unreachable")
             if deep and not wrong[file]:
                 with contextlib.suppress(HTTPError):
                     body = self.volumes.read(file.location, key2path(key, file.write_id))
-                    *_, sums[file] = await self.volumes.write("", [], body)  # nowhere
+                    *_, sums[file] = await self.volumes.send("", key, [], body)  # nowhere
                 wrong[file] = "" if file in sums else "unreachable"
         right = {bytes.fromhex(record.hash)} if record.hash else {*sums.values()}
         return wrong | {file: "md5" for file, md5 in sums.items() if {md5} != right}
@@ -713,7 +711,8 @@ class Store:  # an index, volumes, and the flags that say how to use them
 
     async def erase(self, key: bytes, replicas: Sequence[Replica], proof: Sequence[int]) -> int:
         """Delete files on volumes that are up. A status in `proof` shows one gone: how many are."""
-        answers = await self.ask("DELETE", key, [r for r in replicas if self.volumes.up(r[0])])
+        up = [replica for replica in replicas if self.volumes.up(replica.location)]
+        answers, *_ = await self.volumes.send("DELETE", key, up)
         gone = [replica for replica, (status, _) in answers.items() if status in proof]
         if gone:  # nobody has to wait for that to be on disk
             self.index.do(Row.settle, key, "", gone)
@@ -843,10 +842,11 @@ class Maintenance(Store):  # one run of a command
 
     async def descend(self, place: str, folder: str, job: Callable) -> None:
         """Run job(key, file, size) for all files below a folder; in "/" there are none. 503."""
-        async with self.volumes.exchange("GET", place, quote(folder)) as (status, _, pieces):
-            text = b"".join([piece async for piece in pieces]).decode(errors="replace")
-            rows = json.loads(text) if status == 200 else []  # else a file, or unreachable
-        require(status in (200, 404), 503, f"{place}{folder} cannot be listed: {status}")
+        steps = [step async for step in self.volumes.exchange("GET", place, quote(folder))]
+        text, (status, _), rows = b"".join(filter(None, steps[:-1])), steps[-1], None
+        with contextlib.suppress(ValueError):  # else a file, or unreachable
+            rows = [] if status == 404 else json.loads(text.decode(errors="replace"))
+        require(rows is not None, 503, f"{place}{folder} cannot be listed: {status}")
         for row in rows:
             path = folder + row["name"]
             known = place + path in self.places or re.fullmatch(r"/([\da-f]{2}|lost\+found)", path)
@@ -866,7 +866,7 @@ class Maintenance(Store):  # one run of a command
 
     async def identify(self, key: bytes, file: Replica, _: int) -> None:  # report what nobody knows
         known = file in (row := self.index.look(key)).replicas + row.record.replicas
-        if not known and (await self.ask("HEAD", key, [file]))[file][0] != 404:
+        if not known and await self.volumes.head(file[0], key2path(key, file[1])) != 404:
             self.report("unknown", key, file)
 
     async def check(self, key: bytes, record: Record) -> None:  # report what is wrong with a key

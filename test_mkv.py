@@ -1642,11 +1642,11 @@ def test_with_voltimeout_0_a_replica_without_the_file_is_never_named(
 
 
 COUNTED = """
-async def request(self, verb, *what, request=mkv.Volumes.request):
+def exchange(self, verb, *what, exchange=mkv.Volumes.exchange):
     print("question", verb, file=sys.stderr, flush=True)
-    return await request(self, verb, *what)
+    return exchange(self, verb, *what)
 
-mkv.Volumes.request = request
+mkv.Volumes.exchange = exchange
 """
 
 
@@ -1656,23 +1656,6 @@ def test_with_voltimeout_0_a_get_asks_each_replica_once(cluster: Callable[..., C
     for _ in range(10):
         assert server.call("GET", "/k").status == 302
     assert server.log.read_text().count("question HEAD") == 30
-
-
-HIDDEN = """
-async def ask(self, method, key, replicas, ask=mkv.Store.ask):
-    await self.index.do(mkv.Row.remove, key, True, False)
-    return await ask(self, method, key, replicas)
-
-mkv.Store.ask = ask
-"""
-
-
-def test_a_key_that_is_unlinked_while_its_volumes_are_to_be_asked_is_404(
-    cluster: Callable[..., Cluster],
-) -> None:
-    server = cluster("-voltimeout", "0", "-replicas", "1", volumes=1, preamble=HIDDEN).server
-    assert server.put("/k", b"value") == 201
-    assert server.call("GET", "/k").status == 404
 
 
 # --- lists ----------------------------------------------------------------------------------------
@@ -4042,14 +4025,16 @@ def test_a_killed_reader_does_not_let_the_index_grow_for_ever(cluster: Make) -> 
 async def test_a_key_with_much_garbage_is_swept_in_small_portions(tmp_path: Path) -> None:
     asked, most, at_once = set(), 0, 0
 
-    async def request(method: str, location: str, path: str) -> tuple[int, None]:
+    async def exchange(method: str, location: str, *_: str) -> AsyncIterator:
         nonlocal most, at_once
         at_once += 1
         most = max(most, at_once)
-        await asyncio.sleep(0.001)
+        for _ in range(2):  # it connects, and sends
+            await asyncio.sleep(0.001)
+            yield None
         at_once -= 1
         asked.add((method, location))
-        return 204, None
+        yield 204, 0
 
     flags = {
         "voltimeout": 1.0,
@@ -4061,7 +4046,7 @@ async def test_a_key_with_much_garbage_is_swept_in_small_portions(tmp_path: Path
     }
     with opened(tmp_path / "index") as index:
         store, owner = mkv.Store(types.SimpleNamespace(**flags), index), new_owner(index)
-        store.volumes.request = request
+        store.volumes.exchange = exchange
         places = [f"v{number}:1" for number in range(2000)]
         await index.do(mkv.Row.claim, b"/k", owner, places, time.time(), mkv.Record())
         await index.do(mkv.Row.settle, b"/k", owner, ())
@@ -4952,13 +4937,15 @@ async def test_a_drive_that_hangs_is_soon_left_alone_for_longer_than_it_holds_up
     volumes, pause = mkv.Volumes(types.SimpleNamespace(voltimeout=0.04, userpass="")), 0.0
     async with asyncio.timeout(10), await asyncio.start_server(hang, "127.0.0.1", 0) as server:
         volume = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
-        drive = f"{volume}/sv00"
+        file = mkv.Replica(f"{volume}/sv00", "")
         while pause < 0.5:  # a stall is ten times the timeout
-            body = functools.partial(lambda left: asyncio.sleep(0, left.pop()), [b"", b"x"])
-            assert await volumes.request("PUT", drive, "/k", CHUNKED, body) == (0, None)
+            (reader := asyncio.StreamReader()).feed_data(b"x")
+            body = mkv.read_body(reader, 1, 1.0)
+            answers, *_ = await volumes.send("PUT", b"/k", [file], body, 1)
+            assert answers == {file: (0, None)}
             stalled = time.monotonic()
-            while not volumes.takes(drive):
-                await volumes.request("HEAD", volume, "/")
+            while not volumes.takes(file.location):
+                await volumes.head(volume, "/")
                 await asyncio.sleep(0.01)
             pause = time.monotonic() - stalled
         volumes.pool(volume, failed=True)  # ends the connection that is kept
@@ -4985,7 +4972,7 @@ async def test_a_volume_may_say_that_it_closes_beside_any_location(
     volumes = mkv.Volumes(types.SimpleNamespace(voltimeout=5.0, userpass=""))
     async with asyncio.timeout(10), await asyncio.start_server(say, "127.0.0.1", 0) as server:
         volume = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
-        assert await volumes.request("HEAD", volume, "/") == (204, 0)
+        assert await volumes.head(volume, "/") == 204
         assert len(volumes.idle[volume]) == kept
         volumes.pool(volume, failed=True)  # ends the connection that is kept
 
