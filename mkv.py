@@ -733,16 +733,15 @@ class Store:  # an index, volumes, and the flags that say how to use them
         return self.list(request.key, start.encode(), int(limit or 1 << 62), "unlinked" in query)
 
     async def list(self, prefix: bytes, start: bytes, limit: int, unlinked: bool) -> Pieces:
-        """The JSON of the keys with a prefix, from `start` on, a thousand at a time."""
+        """The JSON of the keys with a prefix, from `start` on, some thousand at a time."""
         yield b'{"keys": ['
-        comma, size = "", len(prefix)
-        for rows in self.index.walk(self.index.keys, max(prefix, start)):
-            shown = [key for key, text in rows if (text[:7] == b"DELETED") == unlinked]
-            keys = [key.decode() for key in shown if key[:size] == prefix]
+        comma, end = "", prefix + b"\xff"  # after all keys with the prefix: they are UTF-8
+        for rows in self.index.walk(self.index.keys, max(prefix, start), 2000):
+            keys = [k.decode() for k, r in rows if k < end and (r[:7] == b"DELETED") == unlinked]
             page, following = keys[:limit], "".join(keys[limit : limit + 1])
             yield (comma + json.dumps(page)[1:-1] if page else " ").encode()  # never empty
             comma, limit = ", " if page else comma, limit - len(page)
-            if following or not rows or not rows[-1][0].startswith(prefix):
+            if following or not rows or rows[-1][0] > end:
                 break
         yield f'], "next": {json.dumps(following)}}}\n'.encode()
 
