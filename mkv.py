@@ -972,6 +972,7 @@ async def serve(store: Store, listener: socket.socket, said: str) -> None:
 
 
 def main() -> None:
+    bytes(1 << 24)  # glibc learns not to return, and fault in again, the memory of large pieces
     parser = argparse.ArgumentParser("mkv.py", usage=argparse.SUPPRESS, allow_abbrev=False)
     flags = parse_flags(parser)
     logging.basicConfig(format="%(asctime)s %(message)s", level="DEBUG" if flags.v else "INFO")
