@@ -58,6 +58,7 @@ def require(condition: Any, status: int, reason: str, fields: str = "") -> None:
 # --- placement ------------------------------------------------------------------------------------
 # Where a key's files lie, in minikeyvalue's layout. Pure. A location is "host:port" (a volume) or
 # "host:port/svXX"; a write id is 16 hex digits: 8 of seconds since 1970, 8 that tell writers apart.
+@lru_cache(64)  # the replicas of a key have the same one
 def key2path(key: bytes, write_id: str = "") -> str:
     """The path of a key's file: two bytes of its md5, its base64, and its write id, if any."""
     digest, name = hashlib.md5(key).hexdigest(), base64.b64encode(key).decode()
@@ -279,9 +280,8 @@ def parse_fields(text: bytes) -> tuple[dict, int | None, bool]:
     """Fields by lower-case name, body length (None: chunked), last? 400, 431, 501."""
     lines, fields = text.split(b"\r\n")[:-2], {}
     require(len(lines) <= MAX_FIELDS, 431, f"a head has at most {MAX_FIELDS} fields")
-    for line in lines:
-        match = FIELD.fullmatch(line)  # not folded, no space before the colon, no bare CR or LF
-        require(match, 400, "malformed header field")
+    for line in lines:  # not folded, no space before the colon, no bare CR or LF
+        require(match := FIELD.fullmatch(line), 400, "malformed header field")
         name, value = match[1].lower(), match[2].rstrip(b" \t")
         fields[name] = fields[name] + b"," + value if name in fields else value
     coding, length = fields.get(b"transfer-encoding"), fields.get(b"content-length", b"0")
