@@ -423,7 +423,7 @@ class Connection(asyncio.StreamReaderProtocol):  # of a client; requests are ans
 
 # --- volumes --------------------------------------------------------------------------------------
 # The client of the volumes: pooled connections, trust in locations that have answered, a list of
-# what is down. To request(), that a volume does not answer is no exception, but status 0.
+# what is down. That a volume does not answer is no exception, but status 0.
 class Volumes:  # what is known of them; a location that answers is trusted for `timeout` seconds
     def __init__(self, flags: argparse.Namespace) -> None:
         self.timeout, self.patience = flags.voltimeout, flags.voltimeout or 1.0
@@ -637,8 +637,7 @@ class Store:  # an index, volumes, and the flags that say how to use them
         if not good and (not up or self.index.record(key) != record):  # deleted or moved meanwhile
             return self.find(key) or await self.get(key)
         told = [status for status, _ in answers.values()]
-        gone = told == [404] * len(record.replicas)
-        require(good, 404 if gone else 503, f"the volumes say {told}")
+        require(good, 404 if told == [404] * len(record.replicas) else 503, f"volumes say {told}")
         return self.redirect(key, record, random.choice(good), int(time.time()))
 
     async def put(self, key: bytes, length: Any, md5: str, body: Any, old: Any, keep: Any) -> bytes:
@@ -658,7 +657,8 @@ class Store:  # an index, volumes, and the flags that say how to use them
             require(size or old.size == 0, 411, "a value has at least one byte")
             right = {"", digest.hex(), base64.b64encode(digest).decode()} & {md5, md5.lower()}
             require(right, 503 if old.replicas else 400, f"MD5 does not match: {digest.hex()}")
-            made = [file for file, (status, _) in answers.items() if status == 201]
+            statuses = {file.location: status for file, (status, _) in answers.items()}
+            made = [file for file in files if statuses.get(file.location) == 201]
             for file in files[count:]:
                 if 0 < len(made) < count:
                     logging.warning("%r has a stand-in at %s", key.decode(), file.location)
@@ -667,7 +667,7 @@ class Store:  # an index, volumes, and the flags that say how to use them
                     with contextlib.suppress(HTTPError):  # the next one may do
                         copied, _, same = await self.volumes.send("PUT", key, [file], copy, None)
                         made += [file] * (copied[file][0] == 201 and same == digest)
-            require(len(made) == count, 503, f"{count} replicas cannot be made: {answers}")
+            require(len(made) == count, 503, f"{count} replicas cannot be made: {statuses}")
             replicas = tuple(sorted([*keep, *made], key=lambda file: ranking.index(file[0])))
             known = digest.hex() if self.flags.md5sum and (old.hash or not keep) else ""
             record = Record(replicas, size, write_id, known, old.deleted)
