@@ -58,7 +58,6 @@ def require(condition: Any, status: int, reason: str, fields: str = "") -> None:
 # --- placement ------------------------------------------------------------------------------------
 # Where a key's files lie, in minikeyvalue's layout. Pure. A location is "host:port" (a volume) or
 # "host:port/svXX"; a write id is 16 hex digits: 8 of seconds since 1970, 8 that tell writers apart.
-@lru_cache(64)  # the replicas of a key have the same one
 def key2path(key: bytes, write_id: str = "") -> str:
     """The path of a key's file: two bytes of its md5, its base64, and its write id, if any."""
     digest, name = hashlib.md5(key).hexdigest(), base64.b64encode(key).decode()
@@ -473,26 +472,27 @@ class Volumes:  # what is known of them; a location that answers is trusted for 
             reader, writer = link = link or idle.pop()
             path, fields = place[len(volume) :] + path, more if auth else self.login + more
             lead = f"{verb} {path} HTTP/1.1\r\nHost: {volume}\r\n{fields}\r\n\r\n".encode()
-            chunked, due = more.startswith("T"), 0.0  # the head goes with a piece: each write costs
+            chunked, sent = more.startswith("T"), 0.0  # head and piece in one: each write costs
             while piece := (yield):
                 if writer.is_closing() or writer.transport.get_write_buffer_size() > READ_AHEAD / 4:
-                    async with asyncio.timeout_at(due):
+                    async with asyncio.timeout(sent + seconds - time.monotonic()):
                         await writer.drain()
                 writer.writelines((lead, b"%x\r\n" % len(piece) if chunked else b"", piece))
-                lead, due = b"\r\n" * chunked, time.monotonic() + seconds
+                lead, sent = b"\r\n" * chunked, time.monotonic()
             writer.write(lead + b"0\r\n\r\n" * chunked)
-            due = time.monotonic() + seconds
+            sent = time.monotonic()
             yield  # all answers to PUT are the same but for Location; and a timer costs, too
-            async with asyncio.timeout_at(None if b"\r\n\r\n" in reader._buffer else due):
+            left = None if b"\r\n\r\n" in reader._buffer else sent + seconds - time.monotonic()
+            async with asyncio.timeout(left):
                 answer = re.sub(rb"\nLocation: .*\r", b"", await reader.readuntil(b"\r\n\r\n"))
             require(first := STATUS.match(answer), 503, "malformed first line")
             status, (_, length, close) = int(first[1]), parse_fields(answer[first.end() :])
-            if not auth:  # what a stranger is told says nothing of the volume
+            if not auth and time.monotonic() < sent + self.patience:  # no stranger's, nor old
                 self.mark(volume, "it answers 401" if status == 401 else "")
             if status >= 500 or verb == "PUT":
                 self.mark(place + "/", "" if status == 201 else f"it answers {status}")
             if status != 404:  # which says something of a file only
-                self.trusted[place] = (time.monotonic() + self.timeout) * (status < 300)
+                self.trusted[place] = (sent + self.timeout) * (status < 300)
             rest = 0 if verb == "HEAD" or status == 204 else length
             if verb == "GET":
                 async for piece in read_body(reader, rest, seconds):
@@ -533,8 +533,9 @@ class Volumes:  # what is known of them; a location that answers is trusted for 
                 answers[file] = answers[file] or await exchanges[file].asend(piece)
 
         try:
-            ready = all(self.pool(place) for place, _ in files)  # else they connect side by side
-            await (step(files) if ready else asyncio.gather(*(step([file]) for file in files)))
+            warm = {f[0].partition("/")[0]: f for f in files if self.pool(f[0])}.values()
+            await asyncio.gather(*(step([file]) for file in files if file not in warm))  # connect
+            await step(warm)  # have connections
             while piece:
                 size += len(piece)
                 md5.update(piece)
@@ -657,8 +658,7 @@ class Store:  # an index, volumes, and the flags that say how to use them
             require(size or old.size == 0, 411, "a value has at least one byte")
             right = {"", digest.hex(), base64.b64encode(digest).decode()} & {md5, md5.lower()}
             require(right, 503 if old.replicas else 400, f"MD5 does not match: {digest.hex()}")
-            statuses = {file.location: status for file, (status, _) in answers.items()}
-            made = [file for file in files if statuses.get(file.location) == 201]
+            made = [file for file, (status, _) in answers.items() if status == 201]
             for file in files[count:]:
                 if 0 < len(made) < count:
                     logging.warning("%r has a stand-in at %s", key.decode(), file.location)
@@ -667,7 +667,7 @@ class Store:  # an index, volumes, and the flags that say how to use them
                     with contextlib.suppress(HTTPError):  # the next one may do
                         copied, _, same = await self.volumes.send("PUT", key, [file], copy, None)
                         made += [file] * (copied[file][0] == 201 and same == digest)
-            require(len(made) == count, 503, f"{count} replicas cannot be made: {statuses}")
+            require(len(made) == count, 503, f"of {count} replicas {len(made)} can be made")
             replicas = tuple(sorted([*keep, *made], key=lambda file: ranking.index(file[0])))
             known = digest.hex() if self.flags.md5sum and (old.hash or not keep) else ""
             record = Record(replicas, size, write_id, known, old.deleted)

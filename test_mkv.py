@@ -4939,9 +4939,7 @@ async def test_a_drive_that_hangs_is_soon_left_alone_for_longer_than_it_holds_up
         volume = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
         file = mkv.Replica(f"{volume}/sv00", "")
         while pause < 0.5:  # a stall is ten times the timeout
-            (reader := asyncio.StreamReader()).feed_data(b"x")
-            body = mkv.read_body(reader, 1, 1.0)
-            answers, *_ = await volumes.send("PUT", b"/k", [file], body, 1)
+            answers, *_ = await volumes.send("PUT", b"/k", [file], letter(), 1)
             assert answers == {file: (0, None)}
             stalled = time.monotonic()
             while not volumes.takes(file.location):
@@ -4949,6 +4947,83 @@ async def test_a_drive_that_hangs_is_soon_left_alone_for_longer_than_it_holds_up
                 await asyncio.sleep(0.01)
             pause = time.monotonic() - stalled
         volumes.pool(volume, failed=True)  # ends the connection that is kept
+
+
+def letter() -> AsyncIterator[bytes]:
+    """A body of one byte."""
+    (reader := asyncio.StreamReader()).feed_data(b"x")
+    return mkv.read_body(reader, 1, 1.0)
+
+
+async def obey(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """A volume that answers what is sent in one piece, and closes after 0.5 s of silence."""
+    with contextlib.suppress(OSError, EOFError):
+        while True:
+            async with asyncio.timeout(0.5):
+                head = await reader.readuntil(b"\r\n\r\n")
+            await reader.readexactly(b"\r\nContent-Length: 1\r\n" in head)
+            status = b"201 Created" if head[:3] == b"PUT" else b"204 No Content"
+            writer.write(b"HTTP/1.1 %s\r\nContent-Length: 0\r\n\r\n" % status)
+    writer.close()
+
+
+@contextlib.contextmanager
+def unreachable() -> Iterator[tuple[str, socket.socket]]:
+    """A volume that nobody is connected to or refused by any more, and the last connection."""
+    with contextlib.ExitStack() as sockets:
+        listener = sockets.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
+        waiting = [sockets.enter_context(socket.socket()) for _ in range(8)]
+        for each in waiting:  # what there is no room for is not heard of again
+            each.setblocking(False)
+            each.connect_ex(listener.getsockname())
+        yield "127.0.0.1:{1}".format(*listener.getsockname()), waiting[0]
+
+
+def new_volumes(timeout: float) -> mkv.Volumes:
+    return mkv.Volumes(types.SimpleNamespace(voltimeout=timeout, userpass=""))
+
+
+@pytest.mark.asyncio
+async def test_an_answer_that_was_read_late_is_no_news_of_a_volume() -> None:
+    volumes = new_volumes(0.1)
+    async with (
+        asyncio.timeout(10),
+        await asyncio.start_server(hang, "127.0.0.1", 0) as hung,
+        await asyncio.start_server(obey, "127.0.0.1", 0) as good,
+    ):
+        slow, prompt = (f"127.0.0.1:{s.sockets[0].getsockname()[1]}" for s in (hung, good))
+        files = [mkv.Replica(slow, ""), mkv.Replica(prompt, "")]
+        volumes.mark(prompt, "it does not answer")
+        answers, *_ = await volumes.send("PUT", b"/k", files, letter(), 1)  # for a second
+        assert [status for status, _ in answers.values()] == [0, 201]
+        assert volumes.trusted[prompt] < time.monotonic() and not volumes.up(prompt)
+        volumes.pool(prompt, failed=True)
+
+
+@pytest.mark.asyncio
+async def test_a_volume_that_cannot_be_reached_costs_one_timeout_however_many_files_it_has() -> (
+    None
+):
+    volumes, began = new_volumes(0.3), time.monotonic()
+    with unreachable() as (volume, connection):
+        volumes.idle[volume].append(await asyncio.open_connection(sock=connection))
+        files = [mkv.Replica(volume, f"{n:016x}") for n in range(32)]
+        answers, *_ = await volumes.send("DELETE", b"/k", files)
+        assert answers == dict.fromkeys(files, (0, None)) and list(answers) == files
+    assert time.monotonic() - began < 3
+
+
+@pytest.mark.asyncio
+async def test_a_connection_is_not_kept_waiting_for_those_that_are_still_made() -> None:
+    volumes = new_volumes(1.0)
+    async with asyncio.timeout(10), await asyncio.start_server(obey, "127.0.0.1", 0) as server:
+        good = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        assert await volumes.head(good, "/") == 204
+        with unreachable() as (bad, _):
+            files = [mkv.Replica(bad, ""), mkv.Replica(good, "")]
+            answers, *_ = await volumes.send("DELETE", b"/k", files)
+        assert [*answers.values()] == [(0, None), (204, 0)] and volumes.up(good)
+        volumes.pool(good, failed=True)
 
 
 @pytest.mark.asyncio
