@@ -667,7 +667,7 @@ class Store:  # an index, volumes, and the flags that say how to use them
                     with contextlib.suppress(HTTPError):  # the next one may do
                         copied, _, same = await self.volumes.send("PUT", key, [file], copy, None)
                         made += [file] * (copied[file][0] == 201 and same == digest)
-            require(len(made) == count, 503, f"of {count} replicas {len(made)} can be made")
+            require(len(made) == count, 503, f"volumes say {[s for s, _ in answers.values()]}")
             replicas = tuple(sorted([*keep, *made], key=lambda file: ranking.index(file[0])))
             known = digest.hex() if self.flags.md5sum and (old.hash or not keep) else ""
             record = Record(replicas, size, write_id, known, old.deleted)
