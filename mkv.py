@@ -733,7 +733,7 @@ class Store:  # an index, volumes, and the flags that say how to use them
         return self.list(request.key, start.encode(), int(limit or 1 << 62), "unlinked" in query)
 
     async def list(self, prefix: bytes, start: bytes, limit: int, unlinked: bool) -> Pieces:
-        """The JSON of the keys with a prefix, from `start` on, some thousand at a time."""
+        """The JSON of the keys with a prefix, from `start` on, two thousand at a time."""
         yield b'{"keys": ['
         comma, end = "", prefix + b"\xff"  # after all keys with the prefix: they are UTF-8
         for rows in self.index.walk(self.index.keys, max(prefix, start), 2000):
