@@ -36,21 +36,21 @@ import lmdb
 import uvloop
 
 MAX_KEY, MAX_HEAD, MAX_FIELDS = 511, 16384, 100  # bytes: LMDB's limit; twice nginx's; as Apache's
-HEAD_TIME, IDLE_TIME, LINGER_TIME = 10, 60, 5  # seconds for a head, between two, after the last
-BODY_TIME, BODY_RATE, READ_AHEAD = 60, 1024, 1 << 18  # seconds; bytes a second over them; at once
-TICK, DRAIN_TIME, LOGIN_TIME = 0.2, 10, 60  # seconds between tick()s; SIGTERM leaves; a login holds
+HEAD_TIME, IDLE_TIME, LINGER_TIME = 10, 60, 5  # seconds: for a head, between two, lingering close
+BODY_TIME, BODY_RATE, READ_AHEAD = 60, 1024, 1 << 18  # s, bytes/s: slower is 408; bytes a read
+TICK, DRAIN_TIME, LOGIN_TIME = 0.2, 10, 60  # seconds: tick to tick, SIGTERM to end, a login
 METHODS = "GET", "HEAD", "PUT", "DELETE", "UNLINK", "REBALANCE"
-DEMO = "127.0.0.1:3001", "127.0.0.1:3002", "127.0.0.1:3003"  # volumes of its own
-Pieces = AsyncIterator[bytes]  # a value on its way
+DEMO = "127.0.0.1:3001", "127.0.0.1:3002", "127.0.0.1:3003"  # the volumes without -volumes
+Pieces = AsyncIterator[bytes]  # of a body, none of them empty
 
 
-class HTTPError(ValueError):  # no success: status, one line that says why, more header lines
+class HTTPError(ValueError):  # a refusal: status, a line that says why, more header lines (CR LF)
     def __init__(self, status: int, reason: str, fields: str = "") -> None:
         super().__init__(reason)
         self.status, self.reason, self.fields = status, reason, fields
 
 
-def require(condition: Any, status: int, reason: str, fields: str = "") -> None:  # or HTTPError
+def require(condition: Any, status: int, reason: str, fields: str = "") -> None:  # else HTTPError
     if not condition:
         raise HTTPError(status, reason, fields)
 
@@ -63,11 +63,11 @@ def key2path(key: bytes, write_id: str = "") -> str:
     digest, name = hashlib.md5(key).hexdigest(), base64.b64encode(key).decode()
     if write_id and len(name) > 230:  # a name has 255 at most; base64 has "/" itself: sub-folders
         name = re.sub(r"[^/]{230}(?=[^/])", r"\g<0>-/", name)
-    return f"/{digest[:2]}/{digest[2:4]}/{name}{write_id and '-'}{write_id}"
+    return f"/{digest[:2]}/{digest[2:4]}/{name}" + (f"-{write_id}" if write_id else "")
 
 
 def path2key(path: str) -> tuple[bytes, str]:
-    """Key and write id of the file with this path. ValueError when key2path() gives no such."""
+    """Key and write id ("" if none) of the file with this path, else ValueError: not our file."""
     name, _, write_id = path[7:].replace("-/", "").partition("-")
     key = base64.b64decode(name)
     right = key.decode()[:1] == "/" and 1 < len(key) <= MAX_KEY and key2path(key, write_id) == path
@@ -97,7 +97,7 @@ class Record(NamedTuple):
     deleted: bool = False  # unlinked: hidden, but the files stay
 
     def text(self) -> bytes:  # as the index stores it
-        mark = "DELETED" * self.deleted + (self.hash and "HASH" + self.hash)
+        mark = ("DELETED" if self.deleted else "") + (f"HASH{self.hash}" if self.hash else "")
         files = [r.location if r.write_id == self.write_id else "@".join(r) for r in self.replicas]
         size = "" if self.size is None else f" {self.size} {self.write_id}".rstrip()
         return f"{mark}{','.join(files)}{size}".encode()
@@ -105,8 +105,7 @@ class Record(NamedTuple):
 
 @lru_cache(4096)
 def parse_record(text: bytes) -> Record:  # the inverse of Record.text(). 500
-    match = RECORD.fullmatch(text.decode(errors="replace"))
-    require(match, 500, f"unreadable record: {text!r}")
+    require(match := RECORD.fullmatch(text.decode(errors="replace")), 500, f"unreadable: {text!r}")
     deleted, md5, files, size, write_id = match.groups("")
     parts = [file.partition("@") for file in files.split(",") if file]
     replicas = [Replica(location, own if at else write_id) for location, at, own in parts]
@@ -129,7 +128,7 @@ class Row(NamedTuple):  # a key in both tables; each operation returns the new r
         require(not self.owner, 409, "another PUT or REBALANCE of this key is under way")
         require(old.replicas or not live, 403, "key exists: DELETE it first")
         newest = max((r.write_id for r in self.replicas + self.record.replicas), default="")
-        age = old.write_id[:8] if keep else f"{max(int(now), 1 + int('0' + newest[:8], 16)):08x}"
+        age = old.write_id[:8] if keep else f"{max(int(now), 1 + int(newest[:8] or '0', 16)):08x}"
         write_id = age + hashlib.md5(owner.encode()).hexdigest()[:8]
         made = tuple(Replica(location, write_id) for location in where)
         return self._replace(owner=owner, replicas=self.replicas + made), write_id
@@ -148,17 +147,17 @@ class Row(NamedTuple):  # a key in both tables; each operation returns the new r
     def settle(self, owner: str, gone: Sequence[Replica]) -> tuple:
         """Strike out files that are gone, and the owner if it is this one; returns what is left."""
         left = tuple(replica for replica in self.replicas if replica not in gone)
-        return self._replace(owner=self.owner * (owner != self.owner), replicas=left), left
+        return self._replace(owner="" if owner == self.owner else self.owner, replicas=left), left
 
     def remove(self, hide: bool, protect: bool) -> tuple:
         """Hide a key, or delete it: its files are garbage. Returns the old record. 404, 403."""
         require(self.record.replicas and not (hide and self.record.deleted), 404, "no such key")
         require(hide or self.record.deleted or not protect, 403, "protected: UNLINK the key first")
         record = self.record._replace(deleted=True) if hide else Record()
-        listed = self.replicas + self.record.replicas * (not hide)
+        listed = self.replicas + (() if hide else self.record.replicas)
         return self._replace(record=record, replicas=listed), self.record
 
-    def adopt(self, file: Replica, size: int, ranking: list[str], keep: bool) -> tuple:
+    def adopt(self, file: Replica, size: int, ranking: list[str], condemn: bool) -> tuple:
         """Vouch for a file that was found, unless there are newer ones. Returns the older ones."""
         if file in self.replicas + self.record.replicas:
             return self, ()
@@ -166,10 +165,10 @@ class Row(NamedTuple):  # a key in both tables; each operation returns the new r
         if not record.replicas or age > record.write_id[:8]:
             record = Record((file,), size, file.write_id)
         elif age == record.write_id[:8]:
-            files = sorted([*record.replicas, file], key=lambda r: [*ranking, r[0]].index(r[0]))
+            files = sorted([*record.replicas, file], key=lambda r: (*ranking, r[0]).index(r[0]))
             record = record._replace(replicas=tuple(files), size=max(size, record.size or 0))
         garbage = tuple({file, *self.record.replicas} - {*record.replicas})
-        return self._replace(record=record, replicas=self.replicas + garbage * keep), garbage
+        return self._replace(record=record, replicas=self.replicas + garbage * condemn), garbage
 
 
 class Index:
@@ -185,7 +184,7 @@ class Index:
         require(self.take(self.process), 503, "a rebuild is under way")
 
     def take(self, name: str, count: int = 1, how: int = LOCK_EX | LOCK_NB) -> bool:
-        with contextlib.suppress(BlockingIOError):  # False: another process has that lock
+        with contextlib.suppress(BlockingIOError):  # count bytes from offset `name` on; 0: all
             lockf(self.alive, how, count, int(name[:14], 16))
             return True
         return False
@@ -228,7 +227,7 @@ class Index:
             commit = asyncio.get_running_loop().run_in_executor(None, self.commit, group)
             answers = await asyncio.shield(commit)  # which is not called off with this task
             for (*_, future), answer in zip(group, answers, strict=True):
-                if not future.done():  # as is one that was kept
+                if not future.done():  # as is one that was kept, or whose caller was cancelled
                     refused = isinstance(answer, Exception)
                     (future.set_exception if refused else future.set_result)(answer)
 
@@ -240,9 +239,9 @@ class Index:
         except lmdb.Error as error:  # say, no space: nothing is done, but settles are not given up
             self.kept = [job for job in group if job[0] is Row.settle]
             failure = HTTPError(503, f"the index cannot be written: {error}")
-            return [() if job in self.kept else failure for job in group]
+            return [() if job[0] is Row.settle else failure for job in group]
 
-    def change(self, txn: lmdb.Transaction, operation: Callable, key: bytes, args: Any, now: float):
+    def change(self, txn: Any, operation: Callable, key: bytes, args: tuple, now: float) -> Any:
         """Put the row that an operation makes in the place of the old one: its answer, or error."""
         try:
             old = self.look(key, txn)
@@ -250,11 +249,11 @@ class Index:
         except ValueError as error:  # it refuses, or cannot read what is there
             return error
         fresh = (old.owner and not new.owner) or not set(new.replicas) <= set(old.replicas)
-        entry = f"{new.owner} {now if fresh else old.since!r} ".encode()
-        entry = (new.owner or new.replicas) and entry + Record(new.replicas).text()
+        lead = f"{new.owner} {now if fresh else old.since!r} ".encode()
+        entry = lead + Record(new.replicas).text() if new.owner or new.replicas else b""
         txn.put(key, entry, db=self.journal) if entry else txn.delete(key, db=self.journal)
-        record = new.record.replicas and new.record.text()
         if new.record != old.record:
+            record = new.record.text() if new.record.replicas else b""
             txn.put(key, record, db=self.keys) if record else txn.delete(key, db=self.keys)
         return answer
 
@@ -301,7 +300,7 @@ def parse_request(head: bytes) -> Request:
     require(minor == b"0" or b"," not in fields.get(b"host", b","), 400, "no Host, or several")
     require(minor == b"1" or length is not None, 400, "chunked in HTTP/1.0")
     require(method.decode() in METHODS, 405, "no such method", ALLOW)
-    key = unquote_to_bytes(path) if b"%" in path else path
+    key = unquote_to_bytes(path)
     require(len(key) <= MAX_KEY, 414, f"a key has at most {MAX_KEY} bytes")
     odd = re.search(rb"[\0-\x1f\x7f]|%(?![0-9A-Fa-f]{2})", first[0][:-2])
     odd = odd or key.decode(errors="ignore").encode() != key or (len(key) < 2 and query is None)
@@ -315,17 +314,16 @@ def response(status: int, fields: str = "", body: bytes = b"") -> bytes:  # fiel
     return f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\n{length}{fields}\r\n".encode() + body
 
 
-async def read_body(reader: Any, length: int | None, seconds: float, asked: Any = None) -> Pieces:
-    """The pieces of a body (None: chunked). 400, EOFError, TimeoutError after waiting."""
-    if asked:  # for it, by a client that waits for that
-        asked.write(response(100))
-    left, allowed = length, seconds  # to wait; BODY_RATE bytes earn one more
+async def read_body(reader: Any, length: int | None, seconds: float, client: Any = None) -> Pieces:
+    """A body in pieces (length None: chunked). 400, EOFError, LimitOverrunError, TimeoutError."""
+    if client:  # the writer to one that waits for this answer
+        client.write(response(100))
+    left, allowed = length, seconds  # of body or chunk; to wait: BODY_RATE bytes earn one more
     while left or length is None:  # RFC 9112, 7.1
         began = time.monotonic()
         async with asyncio.timeout(None if length and reader._buffer else allowed):
             if not left:
-                size = CHUNK.fullmatch(await reader.readuntil(b"\r\n"))
-                require(size, 400, "malformed chunk size")
+                require(size := CHUNK.fullmatch(await reader.readuntil(b"\r\n")), 400, "bad chunk")
                 left = int(size[1], 16)
             if not left:
                 if (begin := await reader.readexactly(2)) != b"\r\n":  # of trailers
@@ -399,10 +397,10 @@ class Connection(asyncio.StreamReaderProtocol):  # of a client; requests are ans
         except (HTTPError, *BROKEN) as error:
             error = error if isinstance(error, HTTPError) else HTTPError(*BROKEN[type(error)])
             answer = response(error.status, TEXT + error.fields, error.reason.encode() + b"\n")
-        if close := close or self.store.draining:
+        self.closing = close or self.store.draining
+        if self.closing:
             answer = answer.replace(b"\r\n", b"\r\nConnection: close\r\n", 1)
-        self.closing = close
-        self.send(answer, "HEAD" if first == b"H" else method, path, began)
+        self.send(answer, "HEAD" if first == b"H" else method, path, began)  # "-" if unreadable
         if rest and method == "GET":
             async for piece in rest:
                 self.writer.write(piece)
@@ -445,7 +443,7 @@ class Volumes:  # what is known of them; a location that answers is trusted for 
     def mark(self, place: str, trouble: str) -> None:
         """A volume does not answer, or a location takes no value; without trouble, it does."""
         due, pause = self.down.get(place, (0.0, self.patience / 2))
-        if bool(trouble) != bool(due):
+        if bool(trouble) != (place in self.down):
             logging.warning("%s is %s", place, f"down: {trouble}" if trouble else "up again")
         if not trouble:
             self.down.pop(place, None)
@@ -462,7 +460,7 @@ class Volumes:  # what is known of them; a location that answers is trusted for 
     async def exchange(self, verb: str, place: str, path: str, more: str = "Content-Length: 0"):
         """A request in steps: one task has many under way. Connects; takes the pieces of a body,
         then None; yields those of a file; at last status (0: no whole answer), and length."""
-        volume, link, auth = place.partition("/")[0], (), more.startswith("Auth")
+        volume, link, auth = place.partition("/")[0], (), more.startswith("Authorization")
         idle, seconds = self.pool(volume), self.patience * (10 if verb in ("GET", "PUT") else 1)
         try:
             if not idle:
@@ -472,16 +470,16 @@ class Volumes:  # what is known of them; a location that answers is trusted for 
             reader, writer = link = link or idle.pop()
             path, fields = place[len(volume) :] + path, more if auth else self.login + more
             lead = f"{verb} {path} HTTP/1.1\r\nHost: {volume}\r\n{fields}\r\n\r\n".encode()
-            chunked, sent = more.startswith("T"), 0.0  # head and piece in one: each write costs
+            chunked, sent = more.startswith("Transfer-Encoding"), 0.0
             while piece := (yield):
                 if writer.is_closing() or writer.transport.get_write_buffer_size() > READ_AHEAD / 4:
                     async with asyncio.timeout(sent + seconds - time.monotonic()):
                         await writer.drain()
                 writer.writelines((lead, b"%x\r\n" % len(piece) if chunked else b"", piece))
-                lead, sent = b"\r\n" * chunked, time.monotonic()
-            writer.write(lead + b"0\r\n\r\n" * chunked)
+                lead, sent = (b"\r\n" if chunked else b""), time.monotonic()
+            writer.write(lead + (b"0\r\n\r\n" if chunked else b""))
             sent = time.monotonic()
-            yield  # all answers to PUT are the same but for Location; and a timer costs, too
+            yield  # without Location all answers to PUT are one in the cache of parse_fields()
             left = None if b"\r\n\r\n" in reader._buffer else sent + seconds - time.monotonic()
             async with asyncio.timeout(left):
                 answer = re.sub(rb"\nLocation: .*\r", b"", await reader.readuntil(b"\r\n\r\n"))
@@ -492,20 +490,22 @@ class Volumes:  # what is known of them; a location that answers is trusted for 
             if status >= 500 or verb == "PUT":
                 self.mark(place + "/", "" if status == 201 else f"it answers {status}")
             if status != 404:  # which says something of a file only
-                self.trusted[place] = (sent + self.timeout) * (status < 300)
+                self.trusted[place] = sent + self.timeout if status < 300 else 0.0
             rest = 0 if verb == "HEAD" or status == 204 else length
             if verb == "GET":
                 async for piece in read_body(reader, rest, seconds):
                     if status == 200:
                         yield piece
-            if (verb == "GET" or not rest) and not (close or reader._buffer or len(idle) > 63):
+            if (verb == "GET" or rest == 0) and not (close or reader._buffer or len(idle) > 63):
                 idle.append(link)
         except (OSError, EOFError, ValueError, RuntimeError, asyncio.LimitOverrunError) as error:
             status, length = 0, None
             self.pool(volume, failed=True)
-            early = bool(link and (auth or reader._buffer))  # as some do; a login may be slow
-            for name in [volume] * (not early) + [place + "/"] * (link != () and verb == "PUT"):
-                self.mark(name, str(error) or repr(error))
+            trouble = str(error) or repr(error)
+            if not (link and (auth or reader._buffer)):  # some answer early; a login may be slow
+                self.mark(volume, trouble)
+            if link and verb == "PUT":
+                self.mark(place + "/", trouble)
         finally:
             if link and link not in idle:
                 writer.transport.abort()  # of an upload that is cut short nginx keeps nothing
@@ -550,7 +550,7 @@ class Volumes:  # what is known of them; a location that answers is trusted for 
                 await exchange.aclose()
 
     def trusts(self, location: str, key: bytes, write_id: str) -> bool:  # asked again in good time
-        self.pool(location)
+        self.pool(location)  # which ends the trust if nginx has closed a connection
         left = self.trusted.get(location, 0.0) - time.monotonic()
         if left < self.timeout / 4 and self.timeout and self.up(location):
             self.probe(location, key2path(key, write_id))
@@ -570,7 +570,7 @@ class Store:  # an index, volumes, and the flags that say how to use them
         self.connections, self.refused, self.seen, self.counters = set(), set(), {}, Counter()
         self.redirect, self.gate = lru_cache(4096)(self.make_redirect), asyncio.Semaphore(8)
         self.ranking = lambda key, n=256: key2volume(key, flags.volumes, n, flags.subvolumes)
-        self.pause, self.ticked = min(5.0, flags.grace / 2 + 0.05), time.monotonic()  # of sweep()
+        self.ticked, self.pause = time.monotonic(), min(5.0, flags.grace / 2 + 0.05)  # of sweep()
 
     async def answer(self, request: Request, body: Pieces | None) -> bytes | Pieces:
         """The answer to a request, whole or as the pieces of its JSON. HTTPError."""
@@ -591,7 +591,7 @@ class Store:  # an index, volumes, and the flags that say how to use them
         return response(204)
 
     def admits(self, request: Request) -> bool:  # without a question
-        ok = not self.flags.basicauth or request[1:3] == (b"/", b"health")
+        ok = not self.flags.basicauth or (request.path, request.query) == (b"/", b"health")
         return ok or self.seen.get(hash(request.fields.get(b"authorization")), 0) > self.ticked
 
     async def log_in(self, auth: bytes) -> None:  # whom a volume with AUTH lets in. 401, 503
@@ -611,8 +611,7 @@ class Store:  # an index, volumes, and the flags that say how to use them
         if not record.replicas or record.deleted:
             to = self.flags.fallback and f"Location: http://{self.flags.fallback}{quote(key)}\r\n"
             return response(302, to) if to else response(404, TEXT, b"no such key\n")
-        turn, way = int(random.random() * len(record.replicas)), random.getrandbits(1) or -1
-        for file in (record.replicas[turn:] + record.replicas[:turn])[::way]:
+        for file in sorted(record.replicas, key=lambda _: random.random()):
             if self.volumes.trusts(file.location, key, file.write_id):
                 return self.redirect(key, record, file, int(time.time()))
         return b""
@@ -626,9 +625,9 @@ class Store:  # an index, volumes, and the flags that say how to use them
             proof = base64.urlsafe_b64encode(hashlib.md5(text).digest())[:22].decode()
             link += f"?md5={proof}&expires={until}"
         balance = "balanced" if places == self.ranking(key, self.flags.replicas) else "unbalanced"
-        fields = f"Location: http://{file.location}{link}\r\nKey-Volumes: {','.join(places)}\r\n"
-        fields += f"Content-Md5: {record.hash}\r\n" * bool(record.hash) + "Content-Length: 0\r\n"
-        return f"HTTP/1.1 302 Found\r\n{fields}Key-Balance: {balance}\r\n\r\n".encode()
+        head = f"Location: http://{file.location}{link}\r\nKey-Volumes: {','.join(places)}\r\n"
+        head += (f"Content-Md5: {record.hash}\r\n" if record.hash else "") + "Content-Length: 0\r\n"
+        return f"HTTP/1.1 302 Found\r\n{head}Key-Balance: {balance}\r\n\r\n".encode()
 
     async def get(self, key: bytes) -> bytes:  # 302 to a replica that is there now. 404, 503
         record = self.index.record(key)
@@ -656,7 +655,7 @@ class Store:  # an index, volumes, and the flags that say how to use them
             answers, size, digest = await self.volumes.send("PUT", key, files[:count], body, length)
             self.counters["received_bytes_total"] += size
             require(size or old.size == 0, 411, "a value has at least one byte")
-            right = {"", digest.hex(), base64.b64encode(digest).decode()} & {md5, md5.lower()}
+            right = md5.lower() in ("", digest.hex()) or md5 == base64.b64encode(digest).decode()
             require(right, 503 if old.replicas else 400, f"MD5 does not match: {digest.hex()}")
             made = [file for file, (status, _) in answers.items() if status == 201]
             for file in files[count:]:
@@ -665,14 +664,14 @@ class Store:  # an index, volumes, and the flags that say how to use them
                     await self.index.do(Row.extend, key, owner, file)
                     copy = self.volumes.read(random.choice(made).location, key2path(key, write_id))
                     with contextlib.suppress(HTTPError):  # the next one may do
-                        copied, _, same = await self.volumes.send("PUT", key, [file], copy, None)
-                        made += [file] * (copied[file][0] == 201 and same == digest)
+                        copied, _, its_md5 = await self.volumes.send("PUT", key, [file], copy, None)
+                        made += [file] if copied[file][0] == 201 and its_md5 == digest else []
             require(len(made) == count, 503, f"volumes say {[s for s, _ in answers.values()]}")
             replicas = tuple(sorted([*keep, *made], key=lambda file: ranking.index(file[0])))
             known = digest.hex() if self.flags.md5sum and (old.hash or not keep) else ""
             record = Record(replicas, size, write_id, known, old.deleted)
             before = await self.index.do(Row.commit, key, owner, record, old)
-        except BaseException:  # after any commit queued before it: no record names what it lists
+        except BaseException:  # settled after a commit that is in the queue: what it names is safe
             listed = await self.index.do(Row.settle, key, owner, ())
             await self.erase(key, [r for r in listed if r.write_id == write_id], (204,))
             raise
@@ -695,7 +694,7 @@ class Store:  # an index, volumes, and the flags that say how to use them
 
     async def rebalance(self, key: bytes, deep: bool = False) -> bytes:
         """204: the best volumes that work have the value, whole, and no others. 404, 409, 503."""
-        old, count = self.index.look(key).record, self.flags.replicas
+        old, count = self.index.record(key), self.flags.replicas
         require(old.replicas, 404, "no such key")
         wrong = await self.examine(key, old, deep)
         good = {place: write_id for (place, write_id), finding in wrong.items() if not finding}
@@ -737,36 +736,36 @@ class Store:  # an index, volumes, and the flags that say how to use them
         yield b'{"keys": ['
         comma, end = "", prefix + b"\xff"  # after all keys with the prefix: they are UTF-8
         for rows in self.index.walk(self.index.keys, max(prefix, start), 2000):
-            keys = [k.decode() for k, r in rows if k < end and (r[:7] == b"DELETED") == unlinked]
-            page, following = keys[:limit], "".join(keys[limit : limit + 1])
+            keys = [k.decode() for k, r in rows if k < end and r.startswith(b"DELETED") == unlinked]
+            page, following = keys[:limit], (keys[limit] if len(keys) > limit else "")
             yield (comma + json.dumps(page)[1:-1] if page else " ").encode()  # never empty
-            comma, limit = ", " if page else comma, limit - len(page)
+            comma, limit = (", " if page else comma), limit - len(page)
             if following or not rows or rows[-1][0] > end:
                 break
         yield f'], "next": {json.dumps(following)}}}\n'.encode()
 
     async def sweep(self, thorough: bool = False) -> None:
-        """Delete garbage past `grace`, evict dead owners. Till `settle` PUTs may land after 404."""
+        """Evict dead owners; delete garbage, ever more rarely. Till `settle` 404 is no proof."""
         now, left = time.time(), 0
         for rows in self.index.walk(self.index.journal, b"", 16):
             work = []
             for key, row in [(key, self.index.look(key)) for key, _ in rows]:
                 await self.index.evict(key, row.owner)
-                age = now - row.since
+                age, n = now - row.since, len(row.replicas)
                 if age >= self.flags.grace and not row.owner:
-                    left += (n := len(row.replicas))
+                    left += n
                     if thorough or random.random() * (age - self.flags.grace) < 8 * self.pause:
                         proof = (204, 404) if age > self.flags.settle else (204,)
                         work.append(self.erase(key, random.sample(row.replicas, min(n, 32)), proof))
-            left -= sum(await asyncio.gather(*work, asyncio.sleep(0, 0)))  # and for the others
+            left -= sum(await asyncio.gather(*work, asyncio.sleep(0, 0)))  # 0: a turn for others
         if left and not self.counters["files_to_delete"]:
             logging.warning("%d files still wait to be deleted", left)
         self.counters["files_to_delete"] = left
         self.index.env.reader_check()  # a reader that was killed pins old pages
 
     async def tick(self) -> None:  # try what is down, see how late we are
-        self.ticked, late = (now := time.monotonic()), now - self.ticked - TICK
-        self.counters["event_loop_lag_seconds"] = max(0.0, late)
+        now, last = time.monotonic(), self.ticked
+        self.counters["event_loop_lag_seconds"], self.ticked = max(0.0, now - last - TICK), now
         for connection in [c for c in self.connections if c.due < now]:  # idle, or deaf
             connection.writer.transport.abort()
         for place in [p for p, (t, _) in self.volumes.down.items() if t <= now and "/" not in p]:
@@ -785,7 +784,7 @@ async def every(seconds: float, job: Callable) -> None:  # for at most a fifth o
 # rebuild, rebalance, verify: for all files, or all keys, in constant memory, beside a live server.
 # What they find goes to stdout, a line of JSON each; how far they are, to stderr.
 class Maintenance(Store):  # one run of a command
-    done, total, found, pace = 0, 0, Counter(), 0.2 if sys.stderr.isatty() else 10
+    done, total, pace = 0, 0, (0.2 if sys.stderr.isatty() else 10)  # seconds between two reports
 
     def report(self, finding: str, key: bytes = b"", file: Any = None, **more: Any) -> None:
         self.found[finding] += 1
@@ -799,14 +798,14 @@ class Maintenance(Store):  # one run of a command
 
     async def run(self) -> int:
         """Do it. 0: all is well, 1: there are findings, 2: not all of it could be done."""
-        self.began, command = time.monotonic(), self.flags.command
+        self.began, self.found, command = time.monotonic(), Counter(), self.flags.command
         jobs = (TICK, self.tick), (self.pace, self.progress), (self.pause, self.sweep)
         _tasks = [asyncio.create_task(every(*job)) for job in jobs[: 2 + (command == "rebalance")]]
         try:
             if command != "rebuild":
                 await self.for_keys(self.check if command == "verify" else self.move)
             if command == "rebalance":  # what was replaced goes when its readers have left
-                await asyncio.sleep(self.flags.grace * bool(self.index.count()[1]))
+                await asyncio.sleep(self.flags.grace if self.index.count()[1] else 0)
                 await self.sweep(thorough=True)
             else:
                 await self.for_files(self.identify if command == "verify" else self.adopt)
@@ -825,8 +824,8 @@ class Maintenance(Store):  # one run of a command
             self.done += len(rows)
 
     async def for_files(self, job: Callable) -> None:  # job(key, file, size), for all on volumes
-        self.keep = self.flags.adopt_garbage or self.index.count()[0] > 0
-        self.total += 257
+        self.condemn = self.flags.adopt_garbage or self.index.count()[0] > 0
+        self.total += 257  # folders: "/", and one for each first byte of an MD5
         drives = [f"/sv{n:02X}" for n in range(self.flags.subvolumes) if self.flags.subvolumes > 1]
         self.places = [volume + drive for volume in self.flags.volumes for drive in ("", *drives)]
         for folder in "/", *map("/{:02x}/".format, range(256)):
@@ -840,11 +839,11 @@ class Maintenance(Store):  # one run of a command
             self.done += 1
 
     async def descend(self, place: str, folder: str, job: Callable) -> None:
-        """Run job(key, file, size) for all files below a folder; in "/" there are none. 503."""
-        steps = [step async for step in self.volumes.exchange("GET", place, quote(folder))]
-        text, (status, _), rows = b"".join(filter(None, steps[:-1])), steps[-1], None
+        """Run job(key, file, size) for all files below a folder; of "/" report what is odd. 503."""
+        exchange, rows = self.volumes.exchange("GET", place, quote(folder)), None
+        *pieces, (status, _) = [step async for step in exchange if step]  # None: it asks for a body
         with contextlib.suppress(ValueError):  # else a file, or unreachable
-            rows = [] if status == 404 else json.loads(text.decode(errors="replace"))
+            rows = [] if status == 404 else json.loads(b"".join(pieces).decode(errors="replace"))
         require(rows is not None, 503, f"{place}{folder} cannot be listed: {status}")
         for row in rows:
             path = folder + row["name"]
@@ -860,7 +859,7 @@ class Maintenance(Store):  # one run of a command
                     await job(key, Replica(place, write_id), size)
 
     async def adopt(self, key: bytes, file: Replica, size: int) -> None:  # into the index
-        for old in await self.index.do(Row.adopt, key, file, size, self.ranking(key), self.keep):
+        for old in await self.index.do(Row.adopt, key, file, size, self.ranking(key), self.condemn):
             self.report("garbage", key, old)
 
     async def identify(self, key: bytes, file: Replica, _: int) -> None:  # report what nobody knows
@@ -870,8 +869,8 @@ class Maintenance(Store):  # one run of a command
 
     async def check(self, key: bytes, record: Record) -> None:  # report what is wrong with a key
         wrong = await self.examine(key, record, self.flags.deep)
-        if self.index.look(key).record == record:  # else it has changed meanwhile
-            for file in filter(wrong.get, wrong):
+        if self.index.record(key) == record:  # else it has changed meanwhile
+            for file in [file for file, finding in wrong.items() if finding]:
                 self.report(wrong[file], key, file)
             if sum(f in ("", "unreachable") for f in wrong.values()) < self.flags.replicas:
                 self.report("under-replicated", key)
@@ -880,7 +879,7 @@ class Maintenance(Store):  # one run of a command
         try:
             await self.rebalance(key, deep or self.flags.deep)
         except HTTPError as error:
-            now, rotten = self.index.look(key).record, not deep and "few" not in error.reason
+            now, rotten = self.index.record(key), not deep and "few" not in error.reason
             if now != record or rotten:  # it has changed meanwhile, or a replica: once more
                 await self.move(key, now, deep or rotten)
             elif now.replicas:
@@ -890,8 +889,8 @@ class Maintenance(Store):  # one run of a command
 # --- command line ---------------------------------------------------------------------------------
 # Flags as the ancestor has them (one dash or two), the server process, the volumes of the demo.
 def duration(text: str) -> float:  # seconds, from one as Go writes it: 300ms, 1h30m. ValueError
+    require(re.fullmatch(r"0|([0-9]+\.?[0-9]*(h|ms|m|s))+", text), 400, text)
     parts = re.findall(r"([0-9]+\.?[0-9]*)(h|ms|m|s)", text)
-    require(text == "0" or (parts and "".join(map("".join, parts)) == text), 400, text)
     return sum(float(n) * {"h": 3600, "m": 60, "s": 1, "ms": 0.001}[unit] for n, unit in parts)
 
 
@@ -940,7 +939,8 @@ def parse_flags(parser: argparse.ArgumentParser) -> argparse.Namespace:  # check
 def listen(flags: argparse.Namespace, index: Index) -> socket.socket:
     """A socket at the port, which only servers of the same index share. OSError."""
     name = hashlib.md5(f"{flags.bind}:{flags.port}".encode()).hexdigest()
-    shared = index.take(name[14:], how=LOCK_EX) and not index.take(name)  # one start at a time
+    index.take(name[14:], how=LOCK_EX)  # waits: one start at a time
+    shared = not index.take(name)  # a server has it that has this index, and serves this port
     family = socket.AF_INET6 if ":" in flags.bind else socket.AF_INET
     listener = socket.create_server((flags.bind, flags.port), family=family, reuse_port=shared)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)  # from now on
@@ -958,7 +958,7 @@ async def serve(store: Store, listener: socket.socket, said: str) -> None:
     server = await loop.create_server(opened, sock=listener, backlog=4096)
     print(said, flush=True)
     jobs = every(store.pause, store.sweep), every(TICK, store.tick), stop.wait()
-    await next(asyncio.as_completed(jobs))  # raises what ended a job
+    await next(asyncio.as_completed(jobs))  # a signal came; or it raises what ended another job
     server.close()
     store.draining, began = True, time.monotonic()
     signal.alarm(10 + DRAIN_TIME)  # kills: a frozen process may hold the lock of the index
@@ -976,19 +976,19 @@ def main() -> None:
     parser = argparse.ArgumentParser("mkv.py", usage=argparse.SUPPRESS, allow_abbrev=False)
     flags = parse_flags(parser)
     logging.basicConfig(format="%(asctime)s %(message)s", level="DEBUG" if flags.v else "INFO")
-    at, names = f"http://{flags.bind}:{flags.port}", ",".join(flags.volumes)
+    url, names = f"http://{flags.bind}:{flags.port}", ",".join(flags.volumes)
     if flags.command == "server" and (flags.volumes is DEMO or flags.workers > 1):
         os.environ |= {"SUBVOLUMES": f"{flags.subvolumes}", "WORKERS": f"{flags.workers}"}
         script = str(Path(__file__).with_name("volume.sh"))  # it starts this again, as often
         again = [sys.executable, *sys.argv, "-workers=1", "-bind", flags.bind, "-volumes", names]
-        os.execv(script, [script, "demo" if flags.volumes is DEMO else "servers", at, *again])
+        os.execv(script, [script, "demo" if flags.volumes is DEMO else "servers", url, *again])
     try:
         index = Index(flags.db, flags.command in ("server", "rebuild"))
         require(flags.command != "rebuild" or index.take("0", 0), 503, "another process uses it")
         listener = listen(flags, index) if flags.command == "server" else None
     except (OSError, lmdb.Error, HTTPError) as error:
         parser.error(f"cannot use -db {flags.db} and -port {flags.port}: {error}")
-    at = f"mkv is at {at}, its index in {flags.db}, its volumes at {names}"
+    at = f"mkv is at {url}, its index in {flags.db}, its volumes at {names}"
     job = serve(Store(flags, index), listener, at) if listener else Maintenance(flags, index).run()
     status = uvloop.run(job)
     index.commit(index.kept + index.queue)  # what nobody waits for
