@@ -127,6 +127,7 @@ class Row(NamedTuple):  # a key in both tables; each operation returns the new r
         live = self.record.replicas and not self.record.deleted
         require(not self.owner, 409, "another PUT or REBALANCE of this key is under way")
         require(old.replicas or not live, 403, "key exists: DELETE it first")
+        require(len(self.replicas) < 1000, 503, "too much that failed has to be cleaned up first")
         newest = max((r.write_id for r in self.replicas + self.record.replicas), default="")
         age = old.write_id[:8] if keep else f"{max(int(now), 1 + int(newest[:8] or '0', 16)):08x}"
         write_id = age + hashlib.md5(owner.encode()).hexdigest()[:8]
@@ -196,8 +197,9 @@ class Index:
     def look(self, key: bytes, txn: lmdb.Transaction | None = None) -> Row:  # parts may be empty
         txn = txn or self.env.begin()
         record, entry = txn.get(key, b"", db=self.keys), txn.get(key, b" 0 ", db=self.journal)
-        owner, since, replicas = entry.split(b" ")
-        return Row(parse_record(record), owner.decode(), float(since), parse_record(replicas)[0])
+        owner, since, files = entry.split(b" ")
+        listed = parse_record.__wrapped__(files).replicas if files else ()  # each is read once
+        return Row(parse_record(record), owner.decode(), float(since), listed)
 
     def record(self, key: bytes) -> Record:  # empty if there is none
         return parse_record(self.env.begin().get(key, b"", db=self.keys))
@@ -286,7 +288,7 @@ def parse_fields(text: bytes) -> tuple[dict, int | None, bool]:
     require(re.fullmatch(rb"[0-9]{1,18}", length), 400, "malformed Content-Length")
     require(not coding or b"content-length" not in fields, 400, "two lengths of one body")
     require(coding is None or coding.lower() == b"chunked", 501, "the only coding is chunked")
-    options = fields.get(b"connection", b"").lower().replace(b" ", b"").split(b",")
+    options = fields.get(b"connection", b"").lower().translate(None, b" \t").split(b",")
     return fields, int(length) if coding is None else None, b"close" in options
 
 
@@ -419,12 +421,11 @@ class Connection(asyncio.StreamReaderProtocol):  # of a client; requests are ans
 
 
 # --- volumes --------------------------------------------------------------------------------------
-# The client of the volumes: pooled connections, trust in locations that have answered, a list of
-# what is down. That a volume does not answer is no exception, but status 0.
+# Pooled connections to nginx, trust in what answers, a list of what is down. No answer: status 0.
 class Volumes:  # what is known of them; a location that answers is trusted for `timeout` seconds
     def __init__(self, flags: argparse.Namespace) -> None:
         self.timeout, self.patience = flags.voltimeout, flags.voltimeout or 1.0
-        basic = base64.b64encode(flags.userpass.encode()).decode()
+        basic = base64.b64encode(flags.userpass.encode(errors="surrogateescape")).decode()
         self.login = f"Authorization: Basic {basic}\r\n" if basic else ""
         self.idle: dict[str, list] = defaultdict(list)  # (reader, writer) of connections, by volume
         self.trusted: dict[str, float] = {}  # location → until when (monotonic)
@@ -433,12 +434,12 @@ class Volumes:  # what is known of them; a location that answers is trusted for 
 
     def pool(self, place: str, failed: bool = False) -> list:
         """Idle connections. If one failed, or is closed, so may be all: none, and no more trust."""
-        links = self.idle[volume := place.partition("/")[0]]
-        if failed or (links and (links[-1][0].at_eof() or links[-1][1].is_closing())):
+        idle = self.idle[volume := place.partition("/")[0]]
+        if failed or idle and (idle[-1][0]._eof or idle[-1][0]._buffer or idle[-1][1].is_closing()):
             self.trusted = {p: t for p, t in self.trusted.items() if p.partition("/")[0] != volume}
-            while links:
-                links.pop()[1].transport.abort()
-        return links
+            while idle:
+                idle.pop()[1].transport.abort()
+        return idle
 
     def mark(self, place: str, trouble: str) -> None:
         """A volume does not answer, or a location takes no value; without trouble, it does."""
@@ -487,7 +488,7 @@ class Volumes:  # what is known of them; a location that answers is trusted for 
             status, (_, length, close) = int(first[1]), parse_fields(answer[first.end() :])
             if not auth and time.monotonic() < sent + self.patience:  # no stranger's, nor old
                 self.mark(volume, "it answers 401" if status == 401 else "")
-            if status >= 500 or verb == "PUT":
+            if verb == "PUT" or (status >= 500 and path != "/"):
                 self.mark(place + "/", "" if status == 201 else f"it answers {status}")
             if status != 404:  # which says something of a file only
                 self.trusted[place] = sent + self.timeout if status < 300 else 0.0
@@ -609,8 +610,8 @@ class Store:  # an index, volumes, and the flags that say how to use them
         """302 to a trusted replica, at random, or 404. Nothing: get() has to ask volumes."""
         record = self.index.record(key)
         if not record.replicas or record.deleted:
-            to = self.flags.fallback and f"Location: http://{self.flags.fallback}{quote(key)}\r\n"
-            return response(302, to) if to else response(404, TEXT, b"no such key\n")
+            to = [f"Location: http://{place}{quote(key)}\r\n" for place in self.flags.fallback]
+            return response(302, random.choice(to)) if to else response(404, TEXT, b"no such key\n")
         for file in sorted(record.replicas, key=lambda _: random.random()):
             if self.volumes.trusts(file.location, key, file.write_id):
                 return self.redirect(key, record, file, int(time.time()))
@@ -718,10 +719,10 @@ class Store:  # an index, volumes, and the flags that say how to use them
         return len(gone)
 
     def query(self, request: Request) -> bytes | Pieces:  # ?list, ?unlinked, health, metrics. 400
-        query = parse_qs(request.query.decode(errors="replace"), keep_blank_values=True)
-        limit, start = (query.get(name, [""])[0] for name in ("limit", "start"))
-        reading = request.method in ("GET", "HEAD") and "\ufffd" not in start
-        require(reading and re.fullmatch("[0-9]{0,18}", limit), 400, "no query like this")
+        query = parse_qs(request.query.decode("latin-1"), True, encoding="latin-1")  # of bytes
+        limit, start = (query.get(name, [""])[0].encode("latin-1") for name in ("limit", "start"))
+        good = request.method in ("GET", "HEAD") and start.decode(errors="ignore").encode() == start
+        require(good and re.fullmatch(b"[0-9]{0,18}", limit), 400, "no query like this")
         if request.path == b"/" and set(query) in ({"health"}, {"metrics"}):
             (keys, entries), up = self.index.count(), {*self.flags.volumes} - {*self.volumes.down}
             values = {"keys": keys, "journal_entries": entries, "volumes": len(self.flags.volumes)}
@@ -729,7 +730,7 @@ class Store:  # an index, volumes, and the flags that say how to use them
             text = "".join(f"mkv_{n} {v}\n" for n, v in (values | self.counters).items())
             return response(200, TEXT, text.encode() if "metrics" in query else b"ok\n")
         require(set(query) - {"start", "limit"} in ({"list"}, {"unlinked"}), 400, "try ?list")
-        return self.list(request.key, start.encode(), int(limit or 1 << 62), "unlinked" in query)
+        return self.list(request.key, start, int(limit or 1 << 62), "unlinked" in query)
 
     async def list(self, prefix: bytes, start: bytes, limit: int, unlinked: bool) -> Pieces:
         """The JSON of the keys with a prefix, from `start` on, two thousand at a time."""
@@ -754,7 +755,7 @@ class Store:  # an index, volumes, and the flags that say how to use them
                 age, n = now - row.since, len(row.replicas)
                 if age >= self.flags.grace and not row.owner:
                     left += n
-                    if thorough or random.random() * (age - self.flags.grace) < 8 * self.pause:
+                    if thorough or random.random() * age < (8 + n) * self.pause:
                         proof = (204, 404) if age > self.flags.settle else (204,)
                         work.append(self.erase(key, random.sample(row.replicas, min(n, 32)), proof))
             left -= sum(await asyncio.gather(*work, asyncio.sleep(0, 0)))  # 0: a turn for others
@@ -909,8 +910,8 @@ def parse_flags(parser: argparse.ArgumentParser) -> argparse.Namespace:  # check
         ("bind", str, "", "address to listen on (all; 127.0.0.1 without -volumes)"),
         ("replicas", int, 3, "copies of each value"),
         ("subvolumes", int, 10, "drives a volume, 1 to 256"),
-        ("fallback", str, "", "host:port to redirect to when a key is not here"),
-        ("md5sum", json.loads, True, "whether to keep the MD5 of values: true or false"),
+        ("fallback", addresses, (), "host:port,… to redirect to when a key is not here"),
+        ("md5sum", ("false", "true").index, True, "keep the MD5 of values: true or false"),
         ("voltimeout", duration, 1.0, "how long a volume may be silent; 0: always ask"),
         ("settle", duration, 3600.0, "after this time no request can still take effect"),
         ("grace", duration, 60.0, "how long replaced files stay for readers on their way"),
@@ -939,14 +940,13 @@ def parse_flags(parser: argparse.ArgumentParser) -> argparse.Namespace:  # check
 def listen(flags: argparse.Namespace, index: Index) -> socket.socket:
     """A socket at the port, which only servers of the same index share. OSError."""
     name = hashlib.md5(f"{flags.bind}:{flags.port}".encode()).hexdigest()
-    index.take(name[14:], how=LOCK_EX)  # waits: one start at a time
-    shared = not index.take(name)  # a server has it that has this index, and serves this port
-    family = socket.AF_INET6 if ":" in flags.bind else socket.AF_INET
-    listener = socket.create_server((flags.bind, flags.port), family=family, reuse_port=shared)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)  # from now on
+    share = index.take(name[14:], how=LOCK_EX) and not index.take(name)  # waits for other starts
+    kind = socket.AF_INET6 if ":" in flags.bind else socket.AF_INET
+    sock = socket.create_server((flags.bind.strip("[]"), flags.port), family=kind, reuse_port=share)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)  # from now on
     index.take(name, how=LOCK_SH)
     index.take(name[14:], how=LOCK_UN)
-    return listener
+    return sock
 
 
 async def serve(store: Store, listener: socket.socket, said: str) -> None:
@@ -986,7 +986,7 @@ def main() -> None:
         index = Index(flags.db, flags.command in ("server", "rebuild"))
         require(flags.command != "rebuild" or index.take("0", 0), 503, "another process uses it")
         listener = listen(flags, index) if flags.command == "server" else None
-    except (OSError, lmdb.Error, HTTPError) as error:
+    except (OSError, lmdb.Error, ValueError) as error:
         parser.error(f"cannot use -db {flags.db} and -port {flags.port}: {error}")
     at = f"mkv is at {url}, its index in {flags.db}, its volumes at {names}"
     job = serve(Store(flags, index), listener, at) if listener else Maintenance(flags, index).run()

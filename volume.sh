@@ -9,14 +9,14 @@ PORT=${PORT:-3001} HOST=${HOST:-} SUBVOLUMES=${SUBVOLUMES:-10} ALLOW=${ALLOW:-} 
 die() { echo "volume.sh: $*" >&2; exit 2; }
 
 if [ "${1:-}" = demo ] || [ "${1:-}" = servers ]; then
-  at=${2#http://} server=/dev/tcp/${at%:*}/${at##*:}
+  at=${2#http://} host=${at%:*} server=/dev/tcp/${host//[][]/}/${at##*:}
   [ "$1" = servers ] || { (: <"$server") 2>/dev/null && die "port ${at##*:} is taken"; }
   set -m  # process groups of their own: Ctrl-C comes to this script alone
   volumes=() servers=() status=
-  trap 'kill $(jobs -p) 2>/dev/null || true; wait' EXIT
+  trap 'exec 2>/dev/null; kill $(jobs -p) || true; wait' EXIT  # bash would tell of each job
   trap 'status=0; kill "${servers[@]}" 2>/dev/null || exit 0' HUP INT TERM
   for port in $([ "$1" = servers ] || echo 3001 3002 3003); do
-    HOST=127.0.0.1 PORT=$port "$0" "mkv-data/volume$port" &
+    HOST=127.0.0.1 PORT=$port setpriv --pdeathsig TERM "$0" "mkv-data/volume$port" &
     volumes+=($!)  # nginx will have this pid, and write it when it listens
     until [ "$(cat "mkv-data/volume$port/.nginx/pid" 2>/dev/null)" = $! ]; do
       kill -0 $! 2>/dev/null || exit 2  # it has said why
