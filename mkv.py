@@ -127,9 +127,9 @@ class Row(NamedTuple):  # a key in both tables; each operation returns the new r
         live = self.record.replicas and not self.record.deleted
         require(not self.owner, 409, "another PUT or REBALANCE of this key is under way")
         require(old.replicas or not live, 403, "key exists: DELETE it first")
-        require(len(self.replicas) < 1000, 503, "too much that failed has to be cleaned up first")
         newest = max((r.write_id for r in self.replicas + self.record.replicas), default="")
         age = old.write_id[:8] if keep else f"{max(int(now), 1 + int(newest[:8] or '0', 16)):08x}"
+        require(len(age) == 8 and len(self.replicas) < 1000, 503, "wrong clock, or 1000 leftovers")
         write_id = age + hashlib.md5(owner.encode()).hexdigest()[:8]
         made = tuple(Replica(location, write_id) for location in where)
         return self._replace(owner=owner, replicas=self.replicas + made), write_id
@@ -268,7 +268,6 @@ STATUS = re.compile(rb"HTTP/1\.[01] ([2-5][0-9][0-9])(?: [\t\x20-\x7e\x80-\xff]*
 FIELD = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([\t\x20-\x7e\x80-\xff]*)")
 CHUNK = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?\r\n")
 TEXT, ALLOW = "Content-Type: text/plain; charset=utf-8\r\n", f"Allow: {', '.join(METHODS)}\r\n"
-DEMAND = 'WWW-Authenticate: Basic realm="mkv", charset="UTF-8"\r\n'
 BROKEN = {TimeoutError: (408, "too slow"), asyncio.LimitOverrunError: (431, "too long a line")}
 BROKEN[asyncio.IncompleteReadError] = 400, "the request ended early"
 STREAM = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n\r\n"
@@ -600,7 +599,7 @@ class Store:  # an index, volumes, and the flags that say how to use them
         for volume in sorted(self.flags.volumes, key=self.volumes.down.__contains__):
             async with self.gate:  # not all at once: nginx hashes slowly, and has other work
                 status = await self.volumes.head(f"{volume}/login", "", line)
-            require(status != 401, 401, "user and password, please", DEMAND)
+            require(status != 401, 401, "log in, please", 'WWW-Authenticate: Basic realm="mkv"\r\n')
             if status == 204:  # 404: that volume lets in everybody
                 break
         require(status == 204, 503, "no volume can check the credentials")
@@ -672,9 +671,10 @@ class Store:  # an index, volumes, and the flags that say how to use them
             known = digest.hex() if self.flags.md5sum and (old.hash or not keep) else ""
             record = Record(replicas, size, write_id, known, old.deleted)
             before = await self.index.do(Row.commit, key, owner, record, old)
-        except BaseException:  # settled after a commit that is in the queue: what it names is safe
-            listed = await self.index.do(Row.settle, key, owner, ())
-            await self.erase(key, [r for r in listed if r.write_id == write_id], (204,))
+        except BaseException as error:  # settled after a queued commit: what that names is safe
+            if write_id or not isinstance(error, HTTPError):  # the claim was not refused
+                listed = await self.index.do(Row.settle, key, owner, ())
+                await self.erase(key, [r for r in listed if r.write_id == write_id], (204,))
             raise
         await self.erase(key, () if old.replicas else before.replicas, (204, 404))  # was unlinked
         return response(201)
@@ -700,7 +700,7 @@ class Store:  # an index, volumes, and the flags that say how to use them
         wrong = await self.examine(key, old, deep)
         good = {place: write_id for (place, write_id), finding in wrong.items() if not finding}
         home = [p for p in self.ranking(key) if p in good or self.volumes.takes(p)][:count]
-        require(good and len(home) == count, 503, "too few volumes can be reached")
+        require(good and len(home) == count, 503, "too few volumes can be reached")  # see move()
         if [place for place, _ in wrong] != home or any(wrong.values()):
             place, write_id = random.choice(list(good.items()))
             anew = not old.write_id or {"size", "md5"} & {*wrong.values()}  # newer than the rotten
@@ -733,10 +733,10 @@ class Store:  # an index, volumes, and the flags that say how to use them
         return self.list(request.key, start, int(limit or 1 << 62), "unlinked" in query)
 
     async def list(self, prefix: bytes, start: bytes, limit: int, unlinked: bool) -> Pieces:
-        """The JSON of the keys with a prefix, from `start` on, two thousand at a time."""
+        """The JSON of the keys with a prefix, from `start` on, a thousand at a time."""
         yield b'{"keys": ['
         comma, end = "", prefix + b"\xff"  # after all keys with the prefix: they are UTF-8
-        for rows in self.index.walk(self.index.keys, max(prefix, start), 2000):
+        for rows in self.index.walk(self.index.keys, max(prefix, start)):
             keys = [k.decode() for k, r in rows if k < end and r.startswith(b"DELETED") == unlinked]
             page, following = keys[:limit], (keys[limit] if len(keys) > limit else "")
             yield (comma + json.dumps(page)[1:-1] if page else " ").encode()  # never empty
@@ -753,7 +753,7 @@ class Store:  # an index, volumes, and the flags that say how to use them
             for key, row in [(key, self.index.look(key)) for key, _ in rows]:
                 await self.index.evict(key, row.owner)
                 age, n = now - row.since, len(row.replicas)
-                if age >= self.flags.grace and not row.owner:
+                if not (0 <= age < self.flags.grace or row.owner):  # < 0: the clock was wrong
                     left += n
                     if thorough or random.random() * age < (8 + n) * self.pause:
                         proof = (204, 404) if age > self.flags.settle else (204,)
@@ -845,7 +845,7 @@ class Maintenance(Store):  # one run of a command
         *pieces, (status, _) = [step async for step in exchange if step]  # None: it asks for a body
         with contextlib.suppress(ValueError):  # else a file, or unreachable
             rows = [] if status == 404 else json.loads(b"".join(pieces).decode(errors="replace"))
-        require(rows is not None, 503, f"{place}{folder} cannot be listed: {status}")
+        require(rows is not None, 503, f"{place}{folder} cannot be listed: {status}")  # by place
         for row in rows:
             path = folder + row["name"]
             known = place + path in self.places or re.fullmatch(r"/([\da-f]{2}|lost\+found)", path)

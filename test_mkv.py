@@ -28,6 +28,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 import tracemalloc
@@ -863,6 +864,18 @@ def test_a_key_with_a_thousand_leftovers_is_not_claimed_before_they_are_gone(wor
     assert world.tables()[1][b"/k"] == row  # so its age goes on
     at(world, 12.0, mkv.Row.settle, "", (mkv.Replica("v0", write_id),))
     assert at(world, 12.0, mkv.Row.claim, "p.x", ["v0"], 12.0, mkv.Record())
+
+
+def test_a_key_from_the_end_of_time_is_not_written_anew_but_can_still_be_read(world: World) -> None:
+    last = float(0xFFFFFFFF)
+    write_id = at(world, last, mkv.Row.claim, "p.1", ["v0"], last, mkv.Record())
+    record = mkv.Record((mkv.Replica("v0", write_id),), 1, write_id)
+    at(world, last, mkv.Row.commit, "p.1", record, mkv.Record())
+    at(world, 1000.0, mkv.Row.remove, True, False)
+    for now in (1000.0, last, last + 1):
+        assert refuses(503, world, mkv.Row.claim, "p.2", ["v0"], now, mkv.Record())
+    assert world.tables() == ({b"/k": record._replace(deleted=True)}, {})
+    at(world, 1000.0, mkv.Row.remove, False, False)
 
 
 def test_since_is_when_an_owner_went_or_replicas_came_and_only_then(world: World) -> None:
@@ -2839,6 +2852,15 @@ def test_delete_of_a_folder_is_refused(volume: Volume) -> None:
     assert call(volume.port, "DELETE", "/sv00/aa/bb/file").status == 404
 
 
+def test_a_folder_has_one_volume(volume: Volume) -> None:
+    other = str(free_ports(1)[0])
+    assert str(volume.folder) in run_volume_sh(volume.folder, PORT=other)
+    assert call(volume.port, "PUT", "/sv00/aa/bb/file", b"value").status == 201
+    volume.kill()
+    volume.start()
+    assert call(volume.port, "GET", "/sv00/aa/bb/file").body == b"value"
+
+
 def test_dot_paths_are_refused(volume: Volume) -> None:
     (volume.folder / "sv00/.tmp/half").write_bytes(b"half-written")
     (volume.folder / ".tmp/half").write_bytes(b"half-written")
@@ -2963,6 +2985,7 @@ def without_nginx(folder: Path) -> dict[str, str]:
         "cat",
         "sleep",
         "setpriv",
+        "flock",
         "dirname",
         "readlink",
         "mkdir",
@@ -4122,6 +4145,35 @@ async def test_what_the_journal_lists_is_not_kept_in_memory(tmp_path: Path) -> N
             assert tracemalloc.get_traced_memory()[0] < 2 * MB
         finally:
             tracemalloc.stop()
+
+
+def test_garbage_from_when_the_clock_was_wrong_is_swept(cluster: Make) -> None:
+    system = cluster()
+    server = system.server
+    assert server.put("/k", b"value") == 201
+    assert server.stop() == 0
+    with opened(system.folder / "index") as index, index.env.begin(write=True) as txn:
+        year = time.time() + 366 * 24 * 3600
+        index.change(txn, mkv.Row.remove, b"/k", (False, False), year)
+    assert system.tables()[1][b"/k"].since == year
+    server.start()
+    until(system.is_clean)
+
+
+@pytest.mark.asyncio
+async def test_what_an_index_that_cannot_be_written_refuses_leaves_nothing_to_do(
+    tmp_path: Path,
+) -> None:
+    names = {"volumes": ("v:1",), "replicas": 1, "subvolumes": 1, "userpass": "", "grace": 1.0}
+    with opened(tmp_path / "index") as index:
+        store = mkv.Store(types.SimpleNamespace(**names, voltimeout=1.0), index)
+        index.env.close()
+        index.env = lmdb.open(str(tmp_path / "index"), max_dbs=2, readonly=True)
+        index.keys, index.journal = index.env.open_db(b"keys"), index.env.open_db(b"journal")
+        for _ in range(5):
+            with pytest.raises(mkv.HTTPError) as refused:
+                await store.put(b"/k", 1, "", letter(), mkv.Record(), [])
+            assert refused.value.status == 503 and not index.kept
 
 
 @pytest.mark.asyncio
@@ -5968,6 +6020,140 @@ def test_the_steps_of_the_readme_add_a_volume_and_no_client_sees_it(
     finally:
         os.killpg(process.pid, signal.SIGTERM)
         process.wait(30)
+
+
+def copy_index(source: Path, copy: Path) -> None:
+    """What the README says of it."""
+    script = re.search(r"<<'END'\n(.*?)END\n", (HERE / "README.md").read_text(), re.DOTALL)[1]
+    subprocess.run([sys.executable, "-", source, copy], input=script, text=True, check=True)
+
+
+@pytest.mark.parametrize("rebuilt", [True, False])
+def test_what_was_being_written_while_the_index_was_copied_outlives_a_return_to_the_copy(
+    cluster: Make, rebuilt: bool
+) -> None:
+    system = cluster()
+    server, index, copy = system.server, system.folder / "index", system.folder / "copy"
+    values = {f"/k{number}": blob(f"{number}", 1000) for number in range(5)}
+    store_all(system, values)
+    uploads = {f"/new{number}": Upload(server.port, f"/new{number}", 1000) for number in range(5)}
+    for upload in uploads.values():
+        upload.send(bytes(500))
+    until(lambda: owned(system) == 5)
+    copy_index(index, copy)
+    for upload in uploads.values():
+        upload.send(bytes(500))
+        assert upload.answer() == 201
+    files = system.files()
+    assert server.stop() == 0
+    shutil.rmtree(index)
+    copy.rename(index)
+    if rebuilt:
+        run(system, "rebuild")
+        values |= dict.fromkeys(uploads, bytes(1000))
+    server.start()
+    assert server.put("/last", b"value") == 201
+    assert server.call("DELETE", "/last").status == 204
+    until(system.journal_is_empty)  # all is swept that can be
+    assert system.files() == files
+    assert_values(system, values)
+
+
+# --- thrasher.py ----------------------------------------------------------------------------------
+
+
+def thrasher(*args: str, **options: Any) -> subprocess.Popen:
+    """thrasher.py under way."""
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    command = [sys.executable, HERE / "thrasher.py", *args]
+    return subprocess.Popen(command, start_new_session=True, **streams, **options)
+
+
+@pytest.mark.parametrize("flags", ["-count 1000", "-count 30 -size 900000 -clients 3 -keys 5"])
+def test_the_thrasher_finds_nothing_wrong_and_leaves_nothing(cluster: Make, flags: str) -> None:
+    system = cluster()
+    with thrasher("-server", f"127.0.0.1:{system.server.port}", *flags.split()) as process:
+        out, said = process.communicate(timeout=120)
+    assert (process.returncode, said) == (0, "")
+    *verbs, last, speed = out.splitlines()
+    assert [line.split()[0] for line in verbs] == ["PUT", "GET", "DELETE"]
+    assert all(re.search(r" p50 [\d.]+ ms, p99 [\d.]+ ms, max [\d.]+ ms$", v) for v in verbs)
+    assert re.fullmatch(rf"{flags.split()[1]} write/read/delete in \d+\.\ds", last)
+    assert re.fullmatch(r"thats \d+\.\d\d/sec", speed)
+    assert listed(system.server, "/?list") == ([], "")
+    until(system.is_clean)
+
+
+WRONG = {  # what a server does that is broken, and what the thrasher says of it
+    "it keeps another value": (
+        """
+        async def spoil(body):
+            async for piece in body:
+                yield piece[::-1]
+        put = mkv.Store.put
+        mkv.Store.put = lambda self, *a: put(self, *a[:3], spoil(a[3]), *a[4:])
+        """,
+        "not the value that was written",
+    ),
+    "it redirects to nowhere": (
+        """
+        make = mkv.Store.make_redirect
+        mkv.Store.make_redirect = lambda *a: make(*a).replace(b"Location", b"Elsewhere")
+        """,
+        "a redirect to nowhere",
+    ),
+    "it takes no value": ("mkv.Volumes.takes = lambda *_: False", "not 201, but HTTP/1.1 503"),
+    "it deletes nothing": (
+        """
+        def remove(self, hide, protect):
+            raise mkv.HTTPError(404, "no such key")
+        mkv.Row.remove = remove
+        """,
+        "not 204, but HTTP/1.1 404",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_the_thrasher_ends_with_1_at_a_wrong_answer(cluster: Make, name: str) -> None:
+    preamble, reason = WRONG[name]
+    system = cluster(preamble=textwrap.dedent(preamble))
+    with thrasher("-server", f"127.0.0.1:{system.server.port}", "-count", "100") as process:
+        out, said = process.communicate(timeout=60)
+    assert (process.returncode, out) == (1, "") and said.count("\n") == 1
+    assert said.startswith("thrasher: ") and reason in said
+
+
+def test_the_thrasher_ends_with_1_where_there_is_no_server() -> None:
+    with thrasher("-server", f"127.0.0.1:{free_ports(1)[0]}") as process:
+        out, said = process.communicate(timeout=60)
+    assert (process.returncode, out, said.count("\n")) == (1, "", 1)
+
+
+def mentioning(text: str) -> list[int]:
+    """The processes that have a text in their command line."""
+    pids = [int(path.name) for path in Path("/proc").glob("[0-9]*")]
+    return [pid for pid in pids if text.encode() in command_line(pid)]
+
+
+@pytest.mark.parametrize("number", [0, signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_nothing_survives_a_benchmark(tmp_path: Path, number: int) -> None:
+    env = os.environ | {"TMPDIR": str(tmp_path)}
+    with thrasher("bench", "-quick", "-rows", "cycle", env=env) as process:
+        until(lambda: len(mentioning(str(tmp_path))) >= 4)  # three volumes, a server
+        if number:
+            process.send_signal(number)
+            process.send_signal(number)
+        out, said = process.communicate(timeout=120)
+    if number:
+        assert process.returncode == 1 and said.startswith("thrasher: ")
+    else:
+        assert (process.returncode, said) == (0, "")
+        assert re.search(
+            r"^\| write/read/delete, 16 clients \| .* \| [\d.]+ \| at most 0.5 \|$", out, re.M
+        )
+    assert not any(tmp_path.iterdir())
+    until(lambda: not mentioning(str(tmp_path)))
 
 
 # --- rebuild, rebalance, verify: harness ----------------------------------------------------------

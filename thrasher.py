@@ -525,7 +525,15 @@ def bench(flags: argparse.Namespace) -> None:
     """What `python thrasher.py bench` does."""
     if not importlib.util.find_spec("lmdb"):
         sys.exit("thrasher: what runs bench must be able to run mkv.py: uv run --with lmdb …")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("thrasher: terminated"))
+
+    def end(*_: object) -> None:
+        for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)  # while all that was started is ended
+        sys.exit("thrasher: terminated")
+
+    for number in (signal.SIGHUP, signal.SIGTERM):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, end)
     scale = QUICK if flags.quick else Scale()
     scale = scale._replace(growth=600) if flags.long else scale
     print(f"Measured on {os.cpu_count()} cores.\n")

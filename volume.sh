@@ -67,6 +67,8 @@ mkdir -p "$1" 2>/dev/null || die "cannot make $1"
 root=$(readlink -f "$1")
 [[ $root =~ ^[A-Za-z0-9_./+@%=-]+$ ]] || die "a path without blanks and quotes, please: $root"
 mkdir -p "$root/.nginx" 2>/dev/null || die "cannot write to $root"
+exec 9>"$root/.nginx/lock"  # which nginx keeps open
+flock -n 9 || die "another volume has $root"
 
 # The workers of a root-started nginx are the folder's owner, so that no folder is open to everybody.
 owner=$(stat -c %U "$root") group=$(stat -c %G "$root") user=
