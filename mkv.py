@@ -607,10 +607,10 @@ class Store:  # an index, volumes, and the flags that say how to use them
 
     def find(self, key: bytes) -> bytes:
         """302 to a trusted replica, at random, or 404. Nothing: get() has to ask volumes."""
-        record = self.index.record(key)
+        record, others = self.index.record(key), self.flags.fallback
         if not record.replicas or record.deleted:
-            to = [f"Location: http://{place}{quote(key)}\r\n" for place in self.flags.fallback]
-            return response(302, random.choice(to)) if to else response(404, TEXT, b"no such key\n")
+            to = others and f"Location: http://{random.choice(others)}{quote(key)}\r\n"
+            return response(302, to) if to else response(404, TEXT, b"no such key\n")
         for file in sorted(record.replicas, key=lambda _: random.random()):
             if self.volumes.trusts(file.location, key, file.write_id):
                 return self.redirect(key, record, file, int(time.time()))
