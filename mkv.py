@@ -567,10 +567,10 @@ class Volumes:  # what is known of them; a location that answers is trusted for 
 class Store:  # an index, volumes, and the flags that say how to use them
     def __init__(self, flags: argparse.Namespace, index: Index) -> None:
         self.flags, self.index, self.volumes, self.draining = flags, index, Volumes(flags), False
-        self.connections, self.refused, self.seen, self.counters = set(), set(), {}, Counter()
+        self.connections, self.refused, self.counters = set(), set(), defaultdict(int)
         self.redirect, self.gate = lru_cache(4096)(self.make_redirect), asyncio.Semaphore(8)
         self.ranking = lambda key, n=256: key2volume(key, flags.volumes, n, flags.subvolumes)
-        self.ticked, self.pause = time.monotonic(), min(5.0, flags.grace / 2 + 0.05)  # of sweep()
+        self.seen, self.ticked, self.pause = {}, time.monotonic(), min(5.0, flags.grace / 2 + 0.05)
 
     async def answer(self, request: Request, body: Pieces | None) -> bytes | Pieces:
         """The answer to a request, whole or as the pieces of its JSON. HTTPError."""
