@@ -747,13 +747,13 @@ class Store:  # an index, volumes, and the flags that say how to use them
 
     async def sweep(self, thorough: bool = False) -> None:
         """Evict dead owners; delete garbage, ever more rarely. Till `settle` 404 is no proof."""
-        now, left = time.time(), 0
+        left = 0
         for rows in self.index.walk(self.index.journal, b"", 16):
             work = []
             for key, row in [(key, self.index.look(key)) for key, _ in rows]:
                 await self.index.evict(key, row.owner)
-                age, n = now - row.since, len(row.replicas)
-                if not (0 <= age < self.flags.grace or row.owner):  # < 0: the clock was wrong
+                age, n = time.time() - row.since, len(row.replicas)
+                if abs(age) >= self.flags.grace and not row.owner:  # < 0: the clock was wrong
                     left += n
                     if thorough or random.random() * age < (8 + n) * self.pause:
                         proof = (204, 404) if age > self.flags.settle else (204,)

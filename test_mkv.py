@@ -4161,6 +4161,38 @@ def test_garbage_from_when_the_clock_was_wrong_is_swept(cluster: Make) -> None:
 
 
 @pytest.mark.asyncio
+async def test_what_becomes_garbage_during_a_long_sweep_is_left_alone_for_grace(
+    tmp_path: Path,
+) -> None:
+    asked, names = [], {"volumes": ("v:1",), "userpass": "", "grace": 0.3, "settle": 60.0}
+
+    async def discard(key: bytes) -> None:
+        owner = new_owner(index)
+        await index.do(mkv.Row.claim, key, owner, ["v:1"], time.time(), mkv.Record())
+        await index.do(mkv.Row.settle, key, owner, ())
+
+    async def exchange(method: str, location: str, path: str, *_: str) -> AsyncIterator:
+        for _ in range(2):  # it connects, and sends
+            yield None
+        asked.append(mkv.path2key(path)[0])
+        if len(asked) == 1:
+            while time.time() < began + 0.5:  # longer than grace
+                await asyncio.sleep(0.01)
+            await discard(b"/new")
+        yield 204, 0
+
+    with opened(tmp_path / "index") as index:
+        store = mkv.Store(types.SimpleNamespace(**names, voltimeout=1.0, expiry=1), index)
+        store.volumes.exchange = exchange
+        old = [b"/k%02d" % number for number in range(20)]  # 16 are looked at together
+        await asyncio.gather(*map(discard, old))
+        until(lambda: time.time() - max(index.look(key).since for key in old) > 0.3)
+        began = time.time()
+        await store.sweep(thorough=True)
+        assert sorted(asked) == old and index.look(b"/new").replicas
+
+
+@pytest.mark.asyncio
 async def test_what_an_index_that_cannot_be_written_refuses_leaves_nothing_to_do(
     tmp_path: Path,
 ) -> None:
