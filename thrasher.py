@@ -1,26 +1,32 @@
 #!/usr/bin/env python3
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["uvloop"]
+# dependencies = ["uvloop", "lmdb>=3,<4"]
 # ///
-"""thrasher: load for mkv, and a benchmark of it.
+"""thrasher: what looks at mkv from outside: load, a benchmark, and a check of what is stored.
 
-python thrasher.py        writes, reads and deletes keys on a running server, and compares what it
-                          reads; ends with status 1 at the first wrong answer
-python thrasher.py bench  brings up volumes and a server in a temporary folder (on the disk that
-                          TMPDIR is on), measures, prints a Markdown table; nothing of it survives
+python thrasher.py         writes, reads and deletes keys on a running server, and compares what it
+                           reads; ends with status 1 at the first wrong answer
+python thrasher.py bench   brings up volumes and a server in a temporary folder (on the disk that
+                           TMPDIR is on), measures, prints a Markdown table; nothing of it survives
+python thrasher.py verify  compares what a running server knows with what its volumes have, both
+                           ways, over HTTP alone, and changes nothing; prints findings, a line of
+                           JSON each; ends with 0: clean, 1: findings, 2: not all could be checked
 """
 
 import argparse
+import array
 import asyncio
+import base64
 import contextlib
 import functools
-import importlib.util
+import hashlib
 import itertools
 import json
 import os
 import re
 import secrets
+import shlex
 import shutil
 import signal
 import socket
@@ -30,20 +36,30 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter, defaultdict, deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol, TextIO
+from urllib.parse import quote
 
 import uvloop
 
+import mkv  # for the names of files alone, which are pure functions
+
 HERE = Path(__file__).resolve().parent  # mkv.py and volume.sh lie there too
 PIECE = 1 << 18  # bytes of a large value that are handed to the socket at once
+MAX_HEAD = 1 << 16  # bytes of an answer's head
+MAX_PAGE = 1 << 26  # bytes of a page of a list, or of a folder's listing
 START_TIME = 20  # seconds that a process has until it listens
 
 # --- client ---------------------------------------------------------------------------------------
-# Just enough of HTTP/1.1 to cost less than what is measured: raw protocols, one write a request.
+# Just enough of HTTP/1.1 to cost less than what is measured: raw protocols, one write a request,
+# and several requests on their way on the same connection.
 
-LENGTH = re.compile(rb"\r\ncontent-length: *([0-9]+)", re.IGNORECASE)
+STATUS = re.compile(rb"HTTP/1\.[01] ([2-5][0-9][0-9])[ \r]")
+LENGTH = re.compile(rb"\r\ncontent-length: *([0-9]{1,18})\r", re.IGNORECASE)
+CHUNKED = re.compile(rb"\r\ntransfer-encoding: *chunked", re.IGNORECASE)
+CHUNK = re.compile(rb"(?:\r\n)?([0-9a-f]{1,15})[^\r\n]*\r\n", re.IGNORECASE)
 LOCATION = re.compile(rb"\r\nlocation: *http://([^/\r]+)([^\r]*)", re.IGNORECASE)
 CLOSE = re.compile(rb"\r\nconnection: *close", re.IGNORECASE)
 
@@ -52,96 +68,249 @@ class Wrong(Exception):
     """An answer that a correct server would not have given."""
 
 
+class Nonsense(OSError):
+    """What is no HTTP, or more of it than anybody needs."""
+
+
+class Body(Protocol):
+    """What takes the body of an answer, piece by piece: a Text, the MD5 of hashlib."""
+
+    def update(self, piece: bytes, /) -> object:
+        """Take a piece. ValueError: that cannot be."""
+
+
+class Text(bytearray):
+    """A body that is kept whole."""
+
+    limit = sys.maxsize
+
+    def update(self, piece: bytes) -> None:
+        """Append a piece. ValueError."""
+        if len(self) + len(piece) > self.limit:
+            raise ValueError("an answer without end")
+        self += piece
+
+
+class Page(Text):
+    """A page of a list, a folder: a liar cannot fill the memory with it."""
+
+    limit = MAX_PAGE
+
+
+class Answer(NamedTuple):
+    """What came back."""
+
+    status: int
+    head: bytes  # every line with its CR LF
+    length: int | None  # of the body, of which HEAD gets nothing; None: it does not say
+    body: Any  # the Body that took it
+
+
+class Request(NamedTuple):
+    """One that is on its way."""
+
+    reply: asyncio.Future[Answer]
+    method: str
+    body: Body  # for the body of the answer
+
+
 class Wire(asyncio.Protocol):
-    """A keep-alive connection, for one request at a time."""
+    """A keep-alive connection. Requests may follow each other; the answers come in their order."""
 
     transport: asyncio.Transport
-    reply: asyncio.Future[tuple[bytes, bytes]]  # head, every line with its CR LF, and body
     drained: asyncio.Future[None] | None = None  # there while the peer reads slowly
 
     def __init__(self) -> None:
-        self.buffer, self.head, self.length = bytearray(), b"", 0
+        self.requests: deque[Request] = deque()  # that have no answer yet
+        self.unsent = b""  # what was asked in this turn of the loop
+        self.buffer = bytearray()
+        self.head = b""  # of the answer that is on its way here
+        self.length: int | None = None
+        self.left = 0  # bytes of its body, or of a chunk, that are missing
+        self.chunked, self.endless = False, False  # how its body ends, if it has no length
+        self.silence = 0  # ticks since something came, which others count
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """It stands."""
         self.transport = transport
 
     def pause_writing(self) -> None:
+        """The peer reads slowly."""
         self.drained = asyncio.get_running_loop().create_future()
 
     def resume_writing(self) -> None:
+        """The peer has caught up."""
         if self.drained:
             self.drained.set_result(None)
             self.drained = None
 
     def connection_lost(self, error: Exception | None) -> None:
+        """It has ended, and with it an answer of no stated length; all others fail."""
         self.resume_writing()
-        if not self.reply.done():
-            self.reply.set_exception(ConnectionError(f"the connection broke: {error or 'closed'}"))
+        if self.endless and self.requests and not error:
+            self.finish()
+        self.fail(ConnectionError(f"the connection broke: {error or 'closed'}"))
+
+    def fail(self, error: OSError) -> None:
+        """Hang up; who waits for an answer gets this error."""
+        self.transport.abort()
+        while self.requests:
+            request = self.requests.popleft()
+            if not request.reply.done():
+                request.reply.set_exception(error)
 
     def data_received(self, data: bytes) -> None:
+        """Take whatever is whole."""
+        self.silence = 0
         self.buffer += data
+        try:
+            while self.buffer and self.advance():
+                pass
+        except ValueError as error:
+            self.fail(Nonsense(str(error)))
+
+    def advance(self) -> bool:
+        """Take a head, a chunk's first line or a piece of a body off the buffer, if it is there."""
         if not self.head:
-            size = self.buffer.find(b"\r\n\r\n")
-            if size < 0:
-                return
-            self.head = bytes(self.buffer[: size + 2])
-            del self.buffer[: size + 4]
-            length = LENGTH.search(self.head)
-            self.length = int(length[1]) if length else 0
-        if len(self.buffer) < self.length:
-            return
-        if not self.reply.done():
-            self.reply.set_result((self.head, bytes(self.buffer)))
+            return self.take_head()
+        if self.chunked and not self.left:
+            return self.take_chunk_size()
+        piece = bytes(self.buffer[: self.left])
+        del self.buffer[: len(piece)]
+        self.left -= len(piece)
+        self.requests[0].body.update(piece)
+        if not self.left and not self.chunked:
+            self.finish()
+        return True
+
+    def take_head(self) -> bool:
+        """See how long the body will be. ValueError."""
+        size = self.buffer.find(b"\r\n\r\n")
+        if size < 0 and len(self.buffer) < MAX_HEAD:
+            return False
+        if not self.requests or not STATUS.match(self.buffer) or size < 0:
+            raise ValueError("an answer that is none")
+        self.head = bytes(self.buffer[: size + 2])
+        del self.buffer[: size + 4]
+        length = LENGTH.search(self.head)
+        self.length = int(length[1]) if length else None
+        bodiless = self.requests[0].method == "HEAD" or self.head[9:12] in (b"204", b"304")
+        self.chunked = not bodiless and CHUNKED.search(self.head) is not None
+        self.endless = not bodiless and not self.chunked and self.length is None
+        self.left = 0 if bodiless or self.chunked else self.length or 0
+        if self.endless:
+            self.left = sys.maxsize
+        elif not self.left and not self.chunked:
+            self.finish()
+        return True
+
+    def take_chunk_size(self) -> bool:
+        """See how long a chunk will be; the last one is empty, without a trailer. ValueError."""
+        line = CHUNK.match(self.buffer)
+        if not line:
+            if len(self.buffer) > MAX_HEAD:
+                raise ValueError("a chunk that is none")
+            return False
+        self.left = int(line[1], 16)
+        if self.left:
+            del self.buffer[: line.end()]
+            return True
+        if len(self.buffer) < line.end() + 2:
+            return False
+        del self.buffer[: line.end() + 2]
+        self.finish()
+        return True
+
+    def finish(self) -> None:
+        """Hand an answer to who waits for it."""
+        request = self.requests.popleft()
+        answer = Answer(int(self.head[9:12]), self.head, self.length, request.body)
+        if not request.reply.done():
+            request.reply.set_result(answer)
         if CLOSE.search(self.head):
             self.transport.close()
-        self.head = b""
-        self.buffer.clear()
+        self.head, self.endless = b"", False
 
-    async def exchange(self, head: bytes, body: bytes) -> tuple[bytes, bytes]:
-        """Send a request, wait for the head and the body of its answer. ConnectionError."""
-        self.reply, view = asyncio.get_running_loop().create_future(), memoryview(body)
-        self.transport.write(head + view[:PIECE])
+    async def exchange(self, method: str, head: bytes, body: bytes, into: Body) -> Answer:
+        """Send a request, wait for its answer. OSError."""
+        if self.transport.is_closing():
+            raise ConnectionError("the connection broke: closed at once")
+        if not self.requests:
+            self.silence = 0
+        request = Request(asyncio.get_running_loop().create_future(), method, into)
+        self.requests.append(request)
+        if not self.unsent:
+            asyncio.get_running_loop().call_soon(self.flush)
+        view = memoryview(body)
+        self.unsent += head + view[:PIECE]
         for start in range(PIECE, len(body), PIECE):
+            self.flush()
             if self.drained:
                 await self.drained
-            if self.reply.done():  # refused
+            if request.reply.done():  # refused
                 break
             self.transport.write(view[start : start + PIECE])
-        return await self.reply
+        return await request.reply
+
+    def flush(self) -> None:
+        """Hand over all that was asked in this turn of the loop, in one write."""
+        if self.unsent and not self.transport.is_closing():
+            self.transport.write(self.unsent)
+        self.unsent = b""
 
 
 class Client:
-    """Somebody who asks one thing after the other, on one connection to each address."""
+    """Somebody with one connection to each address."""
 
-    def __init__(self) -> None:
+    def __init__(self, userpass: str = "") -> None:
         self.wires: dict[str, Wire] = {}
+        self.connecting: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        proof = base64.b64encode(userpass.encode(errors="surrogateescape")).decode()
+        self.login = f"Authorization: Basic {proof}\r\n" if userpass else ""
+
+    async def connect(self, address: str) -> Wire:
+        """The connection, made anew if it has ended. OSError."""
+        async with self.connecting[address]:
+            wire = self.wires.get(address)
+            if not wire or wire.transport.is_closing():
+                host, _, port = address.rpartition(":")
+                loop = asyncio.get_running_loop()
+                _, wire = await loop.create_connection(Wire, host.strip("[]"), int(port))
+                self.wires[address] = wire
+            return wire
+
+    async def send(
+        self, address: str, method: str, path: str, body: bytes = b"", into: Body | None = None
+    ) -> Answer:
+        """An answer, whatever it says; its body goes `into` something, else it is kept. OSError."""
+        wire = self.wires.get(address)
+        if not wire or wire.transport.is_closing():
+            wire = await self.connect(address)
+        length = f"Content-Length: {len(body)}\r\n" if body else ""
+        head = f"{method} {path} HTTP/1.1\r\nHost: {address}\r\n{self.login}{length}\r\n"
+        taker = Text() if into is None else into
+        return await wire.exchange(method, head.encode(), body, taker)
 
     async def ask(
         self, address: str, method: str, path: str, status: int, body: bytes = b""
-    ) -> tuple[bytes, bytes]:
-        """The head and the body of an answer. Wrong when it has another status; OSError."""
-        wire = self.wires.get(address)
-        if not wire or wire.transport.is_closing():
-            host, _, port = address.rpartition(":")
-            loop = asyncio.get_running_loop()
-            _, wire = await loop.create_connection(Wire, host.strip("[]"), int(port))
-            self.wires[address] = wire
-        length = f"Content-Length: {len(body)}\r\n" if body else ""
-        head = f"{method} {path} HTTP/1.1\r\nHost: {address}\r\n{length}\r\n"
-        fields, text = await wire.exchange(head.encode(), body)
-        if int(fields[9:12]) != status:
-            said = (fields.partition(b"\r")[0] + b" " + text[:200]).decode(errors="replace").strip()
-            raise Wrong(f"{method} {path}: not {status}, but {said}")
-        return fields, text
+    ) -> Answer:
+        """An answer. Wrong when it has another status; OSError."""
+        answer = await self.send(address, method, path, body)
+        if answer.status != status:
+            said = answer.head.partition(b"\r")[0] + b" " + answer.body[:200]
+            raise Wrong(
+                f"{method} {path}: not {status}, but {said.decode(errors='replace').strip()}"
+            )
+        return answer
 
     async def read(self, server: str, path: str, value: bytes) -> None:
         """GET a key, follow the redirect, compare the value. Wrong, OSError."""
-        redirect, _ = await self.ask(server, "GET", path, 302)
-        target = LOCATION.search(redirect)
+        redirect = await self.ask(server, "GET", path, 302)
+        target = LOCATION.search(redirect.head)
         if not target:
             raise Wrong(f"GET {path}: a redirect to nowhere")
-        _, body = await self.ask(target[1].decode(), "GET", target[2].decode(), 200)
-        if body != value:
+        answer = await self.ask(target[1].decode(), "GET", target[2].decode(), 200)
+        if answer.body != value:
             raise Wrong(f"GET {path}: not the value that was written")
 
 
@@ -150,17 +319,24 @@ class Client:
 
 
 async def thrash(
-    server: str, work: Iterable[object], clients: int = 16, size: int = 64, keys: int = 10_000
+    servers: Sequence[str],
+    work: Iterable[object],
+    clients: int = 16,
+    size: int = 64,
+    keys: int = 10_000,
+    userpass: str = "",
 ) -> dict[str, list[float]]:
     """One cycle for each element of `work`; the seconds that its requests took, by verb.
 
-    A key is written by one client only, so no two requests for it are under way. Wrong, OSError.
+    Clients are spread over the servers. A key is written by one client only, so no two requests for
+    it are under way. Wrong, OSError.
     """
     work, took = iter(work), {"PUT": [], "GET": [], "DELETE": []}
     prefix = f"/thrash-{secrets.token_hex(4)}-"  # nobody else's, not even an aborted run's
 
     async def cycles(number: int) -> None:
-        client, mine = Client(), itertools.cycle(range(number, keys, clients))
+        client, server = Client(userpass), servers[number % len(servers)]
+        mine = itertools.cycle(range(number, keys, clients))
         for _ in work:
             path = f"{prefix}{next(mine)}"
             value = (path.encode() * (size // len(path) + 1))[:size]
@@ -182,7 +358,8 @@ def classic(flags: argparse.Namespace) -> None:
     """What `python thrasher.py` does."""
     clients, keys = min(flags.clients, flags.count), flags.keys or flags.count
     began = time.perf_counter()
-    took = uvloop.run(thrash(flags.server, range(flags.count), clients, flags.size, keys))
+    work = thrash(flags.server, range(flags.count), clients, flags.size, keys, flags.userpass)
+    took = uvloop.run(work)
     seconds = time.perf_counter() - began
     for verb, times in took.items():
         ordered = sorted(times)
@@ -197,7 +374,7 @@ def classic(flags: argparse.Namespace) -> None:
 # them, and what Linux tells of these.
 
 # Arguments: folder of the index, number of keys, volumes. Makes the keys /key-00000000 and so on.
-# There are no files; that goes unnoticed while the volumes are trusted.
+# There are no files, which goes unnoticed: before a redirect, no volume is asked for them.
 FILL = """
 import lmdb, mkv, sys
 path, count, volumes = sys.argv[1], int(sys.argv[2]), sys.argv[3].split(",")
@@ -212,16 +389,16 @@ with lmdb.open(path, map_size=1 << 40, max_dbs=2, sync=False) as env:
     env.sync(True)
 """
 
-# Arguments: folder of the volumes, number of keys, volumes. Makes the files of so many keys.
+# Arguments: number of keys, volumes, folders of these. Makes the files of so many keys.
 FILES = """
 import mkv, pathlib, sys
-folder, count, volumes = pathlib.Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3].split(",")
-names = dict(zip(volumes, ("larry", "moe", "curly")))
+count, volumes = int(sys.argv[1]), sys.argv[2].split(",")
+folders = dict(zip(volumes, map(pathlib.Path, sys.argv[3:])))
 for key in (b"/key-%08d" % n for n in range(count)):
     for location in mkv.key2volume(key, volumes, 3, 10):
         volume, _, drive = location.partition("/")
         path = mkv.key2path(key, "6000000000000000")
-        file = folder / names[volume] / (drive + path)
+        file = folders[volume] / (drive + path)
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(b"x" * 100)
 """
@@ -246,15 +423,21 @@ daemon off; pid pid; worker_processes 2; events { worker_connections 4096; } htt
 """
 
 
-class System(NamedTuple):
-    """A running mkv on three volumes, and where to find it; addresses are host:port."""
+class Volumes(NamedTuple):
+    """Running volumes."""
 
-    server: str
-    volumes: list[str]
-    server_pid: int
-    volume_pids: list[int]
-    folder: Path
+    names: list[str]  # host:port
+    folders: list[Path]
+    pids: list[int]
+
+
+class System(NamedTuple):
+    """A running mkv, and where to find it."""
+
+    server: str  # host:port
+    pid: int
     index: Path
+    volumes: Volumes
 
 
 def free_port() -> int:
@@ -289,24 +472,46 @@ def output(*command: object) -> str:
 
 
 @contextlib.contextmanager
-def system(*flags: str, keys: int = 0, subvolumes: int = 10) -> Iterator[System]:
-    """A server with so many keys in its index. Nothing is left of it after the block."""
+def temporary() -> Iterator[Path]:
+    """A folder of which nothing is left after the block."""
+    with tempfile.TemporaryDirectory(prefix="mkv-bench-", ignore_cleanup_errors=True) as name:
+        Path(name).chmod(0o755)  # the workers of a root-started nginx are somebody else
+        yield Path(name)
+
+
+@contextlib.contextmanager
+def nginxes(folder: Path, count: int, subvolumes: int) -> Iterator[Volumes]:
+    """So many volumes, in a folder each."""
+    volumes = Volumes([], [], [])
     with contextlib.ExitStack() as stack:
-        temporary = tempfile.TemporaryDirectory(prefix="mkv-bench-", ignore_cleanup_errors=True)
-        folder = Path(stack.enter_context(temporary))
-        folder.chmod(0o755)  # the workers of a root-started nginx are somebody else
-        volumes, pids, index, server = [], [], folder / "index", free_port()
-        for name in ("larry", "moe", "curly"):
+        for name in ("larry", "moe", "curly", "shemp", "joe")[:count]:
             env = {"PORT": free_port(), "HOST": "127.0.0.1", "SUBVOLUMES": subvolumes}
             volume = process(env["PORT"], HERE / "volume.sh", folder / name, **env)
-            pids.append(stack.enter_context(volume))
-            volumes.append(f"127.0.0.1:{env['PORT']}")
+            volumes.pids.append(stack.enter_context(volume))
+            volumes.names.append(f"127.0.0.1:{env['PORT']}")
+            volumes.folders.append(folder / name)
+        yield volumes
+
+
+@contextlib.contextmanager
+def serving(index: Path, volumes: Volumes, *flags: object) -> Iterator[System]:
+    """A server over an index and volumes."""
+    port = free_port()
+    command = (sys.executable, HERE / "mkv.py", "server", "-bind", "127.0.0.1", "-port", port)
+    more = ("-db", index, "-volumes", ",".join(volumes.names), *flags)
+    with process(port, *command, *more) as pid:
+        yield System(f"127.0.0.1:{port}", pid, index, volumes)
+
+
+@contextlib.contextmanager
+def system(keys: int = 0, volumes: int = 3, subvolumes: int = 10) -> Iterator[System]:
+    """All that there is to mkv, with so many keys in its index. Nothing is left of it."""
+    with temporary() as folder, nginxes(folder, volumes, subvolumes) as disks:
+        index = folder / "index"
         if keys:
-            output(sys.executable, "-c", FILL, index, keys, ",".join(volumes))
-        command = (sys.executable, HERE / "mkv.py", "server", "-bind", "127.0.0.1", "-port", server)
-        more = ("-db", index, "-volumes", ",".join(volumes), "-subvolumes", subvolumes, *flags)
-        pid = stack.enter_context(process(server, *command, *more))
-        yield System(f"127.0.0.1:{server}", volumes, pid, pids, folder, index)
+            output(sys.executable, "-c", FILL, index, keys, ",".join(disks.names))
+        with serving(index, disks, "-subvolumes", subvolumes) as mkv:
+            yield mkv
 
 
 def family(*pids: int) -> Iterator[Path]:
@@ -385,38 +590,56 @@ async def seed(server: str) -> None:
 
 
 def get_rows(scale: Scale) -> Rows:
-    """GET of one key that is not there, and of one that is, of one process and of two."""
-    two_workers = system("-workers", "2")
-    with system() as mkv, two_workers as two, contextlib.ExitStack() as stack:
-        port, config = free_port(), mkv.folder / "nginx.conf"
+    """GET of one key that is not there, and of one that is."""
+    with system() as mkv, temporary() as folder, contextlib.ExitStack() as stack:
+        port, config = free_port(), folder / "nginx.conf"
         config.write_text(NOT_FOUND % port)
         nginx = shutil.which("nginx", path=os.environ["PATH"] + ":/usr/sbin:/usr/local/sbin")
-        stack.enter_context(process(port, nginx, "-p", mkv.folder, "-e", "stderr", "-c", config))
+        stack.enter_context(process(port, nginx, "-p", folder, "-e", "stderr", "-c", config))
         uvloop.run(seed(mkv.server))
-        uvloop.run(seed(two.server))
-        urls = [f"127.0.0.1:{port}/", f"{mkv.server}/missing", f"{mkv.server}/present"]
-        urls.append(f"{two.server}/present")
+        urls = (f"127.0.0.1:{port}/", f"{mkv.server}/missing", f"{mkv.server}/present")
         measures = (functools.partial(wrk, scale.seconds, url) for url in urls)
-        nginx_rate, missing, present, both = medians(scale.rounds, *measures)
+        nginx_rate, missing, present = medians(scale.rounds, *measures)
     stick = f"nginx, 2 workers, 404: {nginx_rate:,.0f}/s"
     ratio = missing / nginx_rate
     yield "GET of a missing key", f"{missing:,.0f}/s", stick, ratio, "at least 0.75"
     ratio = present / nginx_rate
     yield "GET of a present key", f"{present:,.0f}/s", stick, ratio, "at least 0.65"
-    yield "the same, -workers 2", f"{both:,.0f}/s", stick, both / nginx_rate, ""
+
+
+def random_keys(scale: Scale, mkv: System, folder: Path, asked: int, keys: int) -> float:
+    """GETs per second of so many different keys, which lie evenly among all keys."""
+    script = folder / "keys.lua"
+    script.write_text(RANDOM_KEYS)
+    return wrk(scale.seconds, mkv.server, "-s", script, "--", asked, keys)
+
+
+def different_rows(scale: Scale) -> Rows:
+    """GET of many keys by turns, and of one again and again, by the same client."""
+    with system(keys=1000) as mkv, temporary() as folder:
+        counts = (1, 1000)
+        measures = (functools.partial(random_keys, scale, mkv, folder, n, 1000) for n in counts)
+        one, many = medians(scale.rounds, *measures)
+    stick = f"one key: {one:,.0f}/s"
+    yield "GET of 1,000 different keys", f"{many:,.0f}/s", stick, many / one, ""
 
 
 def cycle_rows(scale: Scale) -> Rows:
     """CPU time of write/read/delete."""
-    with system() as mkv:
-        uvloop.run(thrash(mkv.server, range(500)))  # makes connections and folders
-        before = cpu(mkv.server_pid), cpu(*mkv.volume_pids), time.perf_counter()
-        uvloop.run(thrash(mkv.server, range(scale.cycles)))
-        after = cpu(mkv.server_pid), cpu(*mkv.volume_pids), time.perf_counter()
+    with system(volumes=5) as mkv:
+
+        def spent() -> tuple[float, float, float]:
+            return cpu(mkv.pid), cpu(*mkv.volumes.pids), time.perf_counter()
+
+        uvloop.run(thrash([mkv.server], range(500)))  # makes connections and folders
+        before = spent()
+        uvloop.run(thrash([mkv.server], range(scale.cycles)))
+        after = spent()
     server, volumes, took = (end - begin for begin, end in zip(before, after, strict=True))
     measured = f"{scale.cycles / took:,.0f}/s, {server / scale.cycles * 1000:.2f} ms CPU each"
-    stick = f"three volumes: {volumes / scale.cycles * 1000:.2f} ms CPU"
-    yield "write/read/delete, 16 clients", measured, stick, server / volumes, "at most 0.5"
+    stick = f"five volumes: {volumes / scale.cycles * 1000:.2f} ms CPU"
+    name = "write/read/delete, 16 clients, five volumes"
+    yield name, measured, stick, server / volumes, "at most 0.5"
 
 
 async def upload(targets: Sequence[tuple[str, str]], value: bytes) -> float:
@@ -435,11 +658,11 @@ def put_rows(scale: Scale) -> Rows:
         value = os.urandom(1 << 20) * mib
         with system() as mkv:
             paths = [f"/sv00/00/{n:02}/value" for n in range(count)]
-            direct = [(volume, path) for path in paths for volume in mkv.volumes]
+            direct = [(volume, path) for path in paths for volume in mkv.volumes.names]
             ways = (direct, [(mkv.server, path) for path in paths])
             measures = (lambda to=way, value=value: uvloop.run(upload(to, value)) for way in ways)
             stick, seconds = medians(scale.rounds, *measures)
-            measured = f"{seconds:.2f} s, peak memory {memory(mkv.server_pid, 'VmHWM'):.0f} MiB"
+            measured = f"{seconds:.2f} s, peak memory {memory(mkv.pid, 'VmHWM'):.0f} MiB"
         name, stick_text = f"{count} × {mib} MiB PUT to 3 replicas", f"{3 * count} direct PUTs"
         yield name, measured, f"{stick_text}: {stick:.2f} s", seconds / stick, goal
 
@@ -465,16 +688,13 @@ def list_rows(scale: Scale) -> Rows:
 
 def keys_rows(scale: Scale) -> Rows:
     """GET of random keys: of 1,000 among many, of many, and of 1,000 where there are no more."""
-    measures = []  # one PUT makes all volumes trusted, without files
+    measures = []
     with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(temporary())
         for keys in (1000, scale.keys):
-            mkv = stack.enter_context(system("-voltimeout", "1h", keys=keys, subvolumes=1))
-            uvloop.run(seed(mkv.server))
-            script = mkv.folder / "keys.lua"
-            script.write_text(RANDOM_KEYS)
+            mkv = stack.enter_context(system(keys=keys, subvolumes=1))
             for asked in dict.fromkeys((1000, keys)):
-                more = (scale.seconds, mkv.server, "-s", script, "--", asked, keys)
-                measures.append(functools.partial(wrk, *more))
+                measures.append(functools.partial(random_keys, scale, mkv, folder, asked, keys))
         stick, few, rate = medians(scale.rounds, *measures)
     name, stick_text = f"GET at {scale.keys:,} keys", f"at 1,000 keys: {stick:,.0f}/s"
     yield name, f"{rate:,.0f}/s", stick_text, rate / stick, "at least 0.85"
@@ -483,48 +703,70 @@ def keys_rows(scale: Scale) -> Rows:
 
 def command_rows(scale: Scale) -> Rows:
     """CPU time of a rebuild, a verify, and a rebalance that moves most keys to other drives."""
-    with system() as mkv:
-        volumes = ",".join(mkv.volumes)
-        output(sys.executable, "-c", FILES, mkv.folder, scale.moved, volumes)
-        settings = ("-volumes", volumes, "-db", mkv.folder / "commands", "-grace", "0")
-        for command, *flags in (("rebuild",), ("verify",), ("rebalance", "-subvolumes", 5)):
-            before = time.perf_counter(), cpu(*mkv.volume_pids), sum(os.times()[2:4])
-            output(sys.executable, HERE / "mkv.py", command, *settings, *flags)
-            after = time.perf_counter(), cpu(*mkv.volume_pids), sum(os.times()[2:4])  # of children
-            took, nginx, spent = (end - begin for begin, end in zip(before, after, strict=True))
-            measured = f"{scale.moved / took:,.0f} keys/s, {spent:.1f} s CPU"
-            stick = f"three volumes: {nginx:.1f} s CPU"
-            name = f"{command} of {scale.moved:,} keys × 3 replicas"
-            yield name, measured, stick, spent / nginx, "at most 1"
+    with temporary() as folder, nginxes(folder, 3, 10) as volumes:
+        names = ",".join(volumes.names)
+        output(sys.executable, "-c", FILES, scale.moved, names, *volumes.folders)
+        index = folder / "index"
+        flags = ("-volumes", names, "-db", index, "-grace", "0")
+
+        def row(name: str, *command: object, servers: Sequence[int] = ()) -> tuple:
+            """CPU time of a command and of the servers that it asks, compared with the volumes'."""
+
+            def spent() -> tuple[float, float, float]:
+                children = sum(os.times()[2:4])
+                return time.perf_counter(), children + cpu(*servers), cpu(*volumes.pids)
+
+            before = spent()
+            output(sys.executable, *command)
+            after = spent()
+            took, ours, nginx = (end - begin for begin, end in zip(before, after, strict=True))
+            measured = f"{scale.moved / took:,.0f} keys/s, {ours:.1f} s CPU"
+            title = f"{name} of {scale.moved:,} keys × 3 replicas"
+            return title, measured, f"three volumes: {nginx:.1f} s CPU", ours / nginx, "at most 1"
+
+        yield row("rebuild", HERE / "mkv.py", "rebuild", *flags)
+        with serving(index, volumes) as mkv:
+            look = (HERE / "thrasher.py", "verify", "-server", mkv.server, "-volumes", names)
+            yield row("verify", *look, servers=[mkv.pid])
+        flags = ("-volumes", names, "-db", index, "-grace", "0", "-subvolumes", "5")
+        with serving(index, volumes, "-grace", "0", "-subvolumes", "5") as mkv:
+            yield row("rebalance", HERE / "mkv.py", "rebalance", *flags, servers=[mkv.pid])
 
 
 def growth_rows(scale: Scale) -> Rows:
     """What a server holds after a while of write/read/delete, and before that, but warmed up."""
 
     def held() -> tuple[int, float]:
-        files = sum(len(list((path / "fd").iterdir())) for path in family(mkv.server_pid))
-        return files, memory(mkv.server_pid, "RssAnon")
+        files = sum(len(list((path / "fd").iterdir())) for path in family(mkv.pid))
+        return files, memory(mkv.pid, "RssAnon")
 
     with system() as mkv:
-        uvloop.run(thrash(mkv.server, range(10_000)))  # connections, caches
+        uvloop.run(thrash([mkv.server], range(10_000)))  # connections, caches
         files, mib = held()
         end = time.monotonic() + scale.growth
         work = itertools.takewhile(lambda _: time.monotonic() < end, itertools.count())
-        cycles = len(uvloop.run(thrash(mkv.server, work))["PUT"])
+        cycles = len(uvloop.run(thrash([mkv.server], work))["PUT"])
         later_files, later_mib = held()
     name = f"growth in {scale.growth} s, {cycles:,} write/read/delete"
     measured, stick = f"{later_files} files, {later_mib:.1f} MiB", f"{files} files, {mib:.1f} MiB"
     yield name, measured, f"at the start: {stick}", max(later_files / files, later_mib / mib), "1.0"
 
 
-GROUPS = (get_rows, cycle_rows, put_rows, list_rows, keys_rows, command_rows, growth_rows)
-ROWS = {group.__name__.removesuffix("_rows"): group for group in GROUPS}
+ROWS: dict[str, Callable[[Scale], Rows]] = {
+    "get": get_rows,
+    "different": different_rows,
+    "cycle": cycle_rows,
+    "put": put_rows,
+    "list": list_rows,
+    "keys": keys_rows,
+    "command": command_rows,
+    "growth": growth_rows,
+}
+NEED_WRK = ("get", "different", "keys")
 
 
 def bench(flags: argparse.Namespace) -> None:
     """What `python thrasher.py bench` does."""
-    if not importlib.util.find_spec("lmdb"):
-        sys.exit("thrasher: what runs bench must be able to run mkv.py: uv run --with lmdb …")
 
     def end(*_: object) -> None:
         for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
@@ -539,43 +781,648 @@ def bench(flags: argparse.Namespace) -> None:
     print(f"Measured on {os.cpu_count()} cores.\n")
     print("| row | measured | yardstick | ratio | to reach |\n| --- | --- | --- | --- | --- |")
     for name in flags.rows.split(","):
-        if name in ("get", "keys") and not shutil.which("wrk"):
+        if name in NEED_WRK and not shutil.which("wrk"):
             print(f"| {name} | wrk is not installed | | | |")
             continue
         for title, measured, yardstick, ratio, goal in ROWS[name](scale):
             print(f"| {title} | {measured} | {yardstick} | {ratio:.2f} | {goal} |", flush=True)
 
 
+# --- verify ---------------------------------------------------------------------------------------
+# What the index says, and what the volumes have. First every key: its files are asked for. Then
+# every folder: each file in it is one that the index names, or lists as garbage, or is a finding.
+# Memory: 8 bytes for each file that is named (240 MB for 10 million keys with three replicas), and
+# the files that nothing names.
+
+PATIENCE = 10  # seconds without a byte of an answer: then there is none
+PAUSE = 30  # seconds in which a volume that gave no answer is not asked again
+CLIENTS, DEPTH = 4, 16  # so many clients, each of which asks so many things at a time
+PAGE = 1000  # keys of a list at a time
+LOOKS = 10  # at a key that is another one each time
+SUSPECTS = 100_000  # files that are doubted together
+DOUBT = 1  # seconds between two looks for whoever may name a file: a write needs a moment
+TRIES = 30  # of a question to a server that has answered before, a second apart: it may restart
+MAX_PATH = 1000  # characters: no file of a key has so many, however its name is cut
+
+KEYS, GARBAGE = ("list&long", "unlinked&long"), "garbage"  # the lists of a server
+LISTS = dict.fromkeys(KEYS, "keys") | {GARBAGE: "garbage"}  # and what is in them
+
+LOCATED = re.compile(
+    r"((?:[\w.-]+|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5}(?:/sv[0-9A-F]{2})?)"
+    r"(/[0-9a-f]{2}/[0-9a-f]{2}/[A-Za-z0-9+/=-]+)"
+)
+FOLDER = re.compile(r"/[0-9a-f]{2}/(?:[0-9a-f]{2}/(?:[A-Za-z0-9+=-]+/)*)?")
+MD5 = re.compile("[0-9a-f]{32}")
+ID = re.compile(b"[0-9a-f]{32}")  # of a volume
+
+
+class File(NamedTuple):
+    """A file, or a folder, on a volume."""
+
+    location: str  # host:port or host:port/svXX
+    path: str
+
+    @property
+    def url(self) -> str:
+        """As lists have it: host:port/svXX/aa/bb/name."""
+        return self.location + self.path
+
+
+class Item(NamedTuple):
+    """What the index says of a key."""
+
+    key: str
+    size: int | None  # bytes; None: it does not know
+    md5: str | None  # in hex; None: it does not know
+    files: tuple[File, ...]
+
+
+def parse_file(text: object) -> File:
+    """The inverse of File.url, for a file. ValueError."""
+    match = LOCATED.fullmatch(text) if isinstance(text, str) else None
+    if not match:
+        raise ValueError(f"not a file: {text!r:.200}")
+    return File(*match.groups())
+
+
+def parse_item(row: object) -> Item:
+    """An item of ?list&long. ValueError: a server that is right would not say so."""
+    if not isinstance(row, dict):
+        raise ValueError("not an item of a list")
+    key, size, md5, files = (row.get(name) for name in ("key", "size", "md5", "files"))
+    if not isinstance(key, str) or not isinstance(files, list) or not files:
+        raise ValueError("no key, or no files")
+    if size is not None and (type(size) is not int or size < 0):
+        raise ValueError(f"not a size: {size!r:.200}")
+    if md5 is not None and not (isinstance(md5, str) and MD5.fullmatch(md5)):
+        raise ValueError(f"not an MD5: {md5!r:.200}")
+    item = Item(key, size, md5, tuple(map(parse_file, files)))
+    for path in {file.path for file in item.files}:
+        if mkv.path2key(path)[0] != key.encode():
+            raise ValueError(f"another key's file: {path}")
+    return item
+
+
+def key_of(row: object) -> str:
+    """The key that an odd item of a list is about, if it says so."""
+    key = row.get("key") if isinstance(row, dict) else ""
+    return key if isinstance(key, str) else ""
+
+
+def parse_garbage(row: object) -> tuple[str, File]:
+    """An item of ?garbage: key and file. ValueError."""
+    if not isinstance(row, dict) or not isinstance(row.get("key"), str):
+        raise ValueError("not an item of the garbage")
+    return row["key"], parse_file(row.get("file"))
+
+
+def parse_json(text: bytes | bytearray) -> Any:
+    """Whatever it is. ValueError."""
+    try:
+        return json.loads(text.decode(errors="replace"))
+    except RecursionError as error:
+        raise ValueError("brackets without end") from error
+
+
+def parse_page(text: bytes | bytearray, name: str) -> tuple[list, str]:
+    """Items of a list, and the key where the next ones begin, "" at the end. ValueError."""
+    page = parse_json(text)
+    rows, after = (page.get(name), page.get("next")) if isinstance(page, dict) else (None, None)
+    if not isinstance(rows, list) or not isinstance(after, str):
+        raise ValueError("not a list")
+    return rows, after
+
+
+def parse_listing(text: bytes | bytearray) -> list[tuple[str, str]]:
+    """Name and type of all that is in a folder, as nginx lists it. ValueError."""
+    rows, found = parse_json(text), []
+    if not isinstance(rows, list):
+        raise ValueError("not a listing")
+    for row in rows:
+        name, kind = (row.get("name"), row.get("type")) if isinstance(row, dict) else (None, None)
+        if not isinstance(name, str) or not isinstance(kind, str):
+            raise ValueError(f"not of a listing: {row!r:.200}")
+        if name in ("", ".", "..") or "/" in name:
+            raise ValueError(f"not a name: {name!r:.200}")
+        size = row.get("size", 0 if kind != "file" else None)
+        if type(size) is not int or size < 0:
+            raise ValueError(f"not a size: {size!r:.200}")
+        found.append((name, kind))
+    return found
+
+
+class Patient(Client):
+    """A client of what may be down, frozen or restarted. Many may use it at a time."""
+
+    def __init__(self, userpass: str) -> None:
+        super().__init__(userpass)
+        self.alone = asyncio.Lock()  # for answers that end with their connection
+        self.down: dict[str, float] = {}  # address → until when (monotonic) it is left alone
+
+    async def connect(self, address: str) -> Wire:
+        """A connection, in time. OSError."""
+        try:
+            async with asyncio.timeout(PATIENCE):
+                return await super().connect(address)
+        except (ValueError, OverflowError) as error:  # no name of a host, no number of a port
+            raise Nonsense(f"no address: {error}") from error
+
+    async def fetch(
+        self, file: File, method: str = "GET", make: Callable[[], Body] = Page
+    ) -> Answer:
+        """What a volume or a server says to GET or HEAD. OSError: it does not answer.
+
+        What is on its way when a connection is closed, by a reload for instance, is asked again;
+        perhaps each connection is closed after one answer, so as often as there are askers.
+        """
+        address = file.location.partition("/")[0]
+        path = file.url[len(address) :]
+        if self.down.get(address, 0) > time.monotonic():
+            raise ConnectionError("it did not answer a moment ago")
+        try:
+            for _ in range(DEPTH):
+                with contextlib.suppress(ConnectionError):
+                    return await self.send(address, method, path, into=make())
+            return await self.send(address, method, path, into=make())
+        except TimeoutError as error:
+            self.down[address] = time.monotonic() + PAUSE
+            raise TimeoutError(f"no answer in {PATIENCE} s") from error
+
+    def tick(self) -> None:
+        """Give up what has been silent for too long; called once a second.
+
+        Ticks are counted, not seconds: when this process itself was held up, by a reader of its
+        output for instance, that is nobody else's silence.
+        """
+        for wire in self.wires.values():
+            wire.silence += 1
+            if wire.requests and wire.silence > PATIENCE:
+                wire.fail(TimeoutError())
+
+
+class Verify:
+    """One run of it."""
+
+    def __init__(self, flags: argparse.Namespace) -> None:
+        self.flags = flags
+        self.servers = flags.server
+        self.clients = [Patient(flags.userpass) for _ in range(CLIENTS)]
+        drives = [f"/sv{n:02X}" for n in range(flags.subvolumes)] if flags.subvolumes > 1 else []
+        self.places = [volume + drive for volume in flags.volumes for drive in ("", *drives)]
+        self.known = [array.array("q") for _ in range(256)]  # hashes of URLs, by the first folder
+        self.named: set[str] = set()  # addresses of volumes that the index names
+        self.lost: set[str] = set()  # locations that cannot be listed
+        self.suspects: list[File] = []  # that nothing seems to name
+        self.unnamed: list[File] = []  # that nothing names
+        self.found: Counter[str] = Counter()
+        self.count: Counter[str] = Counter()
+        self.stage = "keys"
+        self.tries = 1  # of a question to a server
+
+    # what it says
+
+    def report(self, finding: str, key: str = "", file: File | None = None, **more: Any) -> None:
+        """Print a finding. OSError: nobody takes it."""
+        self.found[finding] += 1
+        where = {"location": file.location, "path": file.path} if file else {}
+        print(json.dumps({"finding": finding, "key": key} | where | more), flush=True)
+
+    def summary(self) -> str:
+        """How far it is."""
+        done = (f"{self.count[name]:,} {name}" for name in ("keys", "replicas", "folders", "files"))
+        found = ", ".join(f"{number:,} {finding}" for finding, number in self.found.items())
+        return f"verify: {self.stage}: {', '.join(done)}; {found or 'no findings'}"
+
+    async def progress(self) -> None:
+        """Say how far it is, for ever; on a terminal in one line that changes."""
+        pace, end = (0.2, " \r") if sys.stderr and sys.stderr.isatty() else (10, "\n")
+        while True:
+            await asyncio.sleep(pace)
+            say(self.summary(), end)
+
+    async def tick(self) -> None:
+        """Look after what does not answer, for ever."""
+        while True:
+            await asyncio.sleep(1)
+            for client in self.clients:
+                client.tick()
+
+    # what it asks
+
+    async def spread(self, work: Iterable, job: Callable[[Patient, Any], Awaitable]) -> None:
+        """job(client, each) for all of the work, many at a time."""
+        todo = iter(work)
+
+        async def worker(client: Patient) -> None:
+            for each in todo:
+                await job(client, each)
+
+        await asyncio.gather(*map(worker, self.clients * DEPTH))
+
+    async def page(
+        self, client: Patient, which: str, limit: int, start: str = "", prefix: str = "/"
+    ) -> tuple[list, str]:
+        """Items of so many keys of a list, and where the next ones begin. Wrong.
+
+        The servers are asked in turn, and all of them again when none has answered: one that is
+        started anew has cut its answers short.
+        """
+        at = f"&start={quote(start, safe='', errors='replace')}" if start else ""
+        path, name = f"{quote(prefix)}?{which}&limit={limit}{at}", LISTS[which]
+        said = ""
+        for _ in range(self.tries):
+            for server in self.servers:
+                try:
+                    async with client.alone:
+                        answer = await client.fetch(File(server, path))
+                    if answer.status != 200:
+                        raise ValueError(f"it answers {answer.status}")
+                    page = parse_page(answer.body, name)
+                except (OSError, ValueError) as error:
+                    said = f"GET {server}{path}: {error}"
+                else:
+                    self.tries = TRIES
+                    return page
+            await asyncio.sleep(1)
+        raise Wrong(said)
+
+    async def pages(self, which: str) -> AsyncIterator[list]:
+        """All items of a list, so many keys at a time. Wrong."""
+        start = ""
+        while True:
+            rows, after = await self.page(self.clients[0], which, PAGE, start)
+            yield rows
+            if not after:
+                return
+            if after <= start:
+                raise Wrong(f"GET /?{which}: it goes in circles")
+            start = after
+
+    async def item(self, client: Patient, key: str) -> Item | None:
+        """What the index says of a key now; None: there is none. Wrong, ValueError.
+
+        The list of the unlinked comes second: a key may go from the other one to this, not back.
+        """
+        for which in KEYS:
+            rows, _ = await self.page(client, which, 1, prefix=key)
+            if rows and isinstance(rows[0], dict) and rows[0].get("key") == key:
+                return parse_item(rows[0])
+        return None
+
+    async def files_of(self, client: Patient, key: str) -> set[File]:
+        """All files that the index names of a key, or lists as its garbage. Wrong, ValueError.
+
+        A file goes from keys to garbage, not back, so the lists are asked in this order.
+        """
+        item = await self.item(client, key)
+        rows, _ = await self.page(client, GARBAGE, 1, start=key)
+        garbage = [file for owner, file in map(parse_garbage, rows) if owner == key]
+        return {*garbage, *(item.files if item else ())}
+
+    def remember(self, file: File) -> None:
+        """That the index knows of this file."""
+        self.known[int(file.path[1:3], 16)].append(hash(file.url))
+        self.named.add(file.location.partition("/")[0])
+
+    # keys
+
+    async def check_row(self, client: Patient, row: object) -> None:
+        """Report what is wrong with a key, as a list has it. Wrong, OSError."""
+        self.count["keys"] += 1
+        try:
+            await self.check_key(client, parse_item(row))
+        except ValueError as error:
+            self.report("unreadable", key_of(row), reason=str(error))
+
+    async def check_key(self, client: Patient, item: Item) -> None:
+        """Report what is wrong, unless the key changes meanwhile. Wrong, OSError, ValueError."""
+        for _ in range(LOOKS):
+            for file in item.files:
+                self.remember(file)
+            looks = [await self.look_at(client, file, item.size) for file in item.files]
+            findings = self.judge(item, looks)
+            now = await self.item(client, item.key) if findings else None
+            if now == item:
+                for finding in findings:
+                    self.report(**finding)
+            if now in (item, None):
+                return
+            item = now
+
+    def check_garbage(self, row: object) -> None:
+        """Remember a file that waits to be deleted. OSError."""
+        try:
+            self.remember(parse_garbage(row)[1])
+        except ValueError as error:
+            self.report("unreadable", key_of(row), reason=str(error))
+
+    async def look_at(self, client: Patient, file: File, size: int | None) -> tuple[str, str]:
+        """Of a replica: the finding, if any, and its MD5, or why it is unreachable."""
+        self.count["replicas"] += 1
+        method, make = ("GET", hashlib.md5) if self.flags.deep else ("HEAD", Page)
+        try:
+            answer = await client.fetch(file, method, make)
+        except OSError as error:
+            return "unreachable", str(error) or repr(error)
+        if answer.status == 404:
+            return "missing", ""
+        if answer.status != 200:
+            return "unreachable", f"it answers {answer.status}"
+        if size not in (None, answer.length):
+            return "size", ""
+        return "", answer.body.hexdigest() if self.flags.deep else ""
+
+    def judge(self, item: Item, looks: Sequence[tuple[str, str]]) -> list[dict]:
+        """The findings about a key. What could not be reached may be good."""
+        findings, good = [], 0
+        sums = {item.md5} if item.md5 else {text for finding, text in looks if not finding}
+        for file, (finding, text) in zip(item.files, looks, strict=True):
+            if self.flags.deep and not finding and sums != {text}:
+                finding = "md5"
+            more = {"reason": text} if finding == "unreachable" else {}
+            if finding:
+                findings.append({"finding": finding, "key": item.key, "file": file} | more)
+            good += finding in ("", "unreachable")
+        if good < self.flags.replicas:
+            findings.append({"finding": "under-replicated", "key": item.key, "good": good})
+        return findings
+
+    # files
+
+    async def check_names(self) -> None:
+        """Wrong: a volume has two names, here and in the index. All on it would be strays."""
+        names: dict[bytes, str] = {}
+
+        async def see(client: Patient, address: str) -> None:
+            with contextlib.suppress(OSError):
+                answer = await client.fetch(File(address, "/.drives"))
+                volume_id = answer.body.partition(b" ")[0]
+                if answer.status != 200 or not ID.fullmatch(volume_id):
+                    return  # an older one
+                other = names.setdefault(bytes(volume_id), address)
+                if other != address:
+                    raise Wrong(f"{address} and {other} are two names of one volume")
+
+        await self.spread(sorted(self.named | set(self.flags.volumes)), see)
+
+    async def check_files(self) -> None:
+        """Report all files that nothing names. Wrong, OSError."""
+        folders: list[File] = []
+        roots = [File(place, "/") for place in self.places]
+        await self.spread(roots, functools.partial(self.list_folder, below=folders, known=set()))
+        folders.sort(key=lambda folder: folder.path)
+        for top, level in itertools.groupby(folders, lambda folder: folder.path):
+            number = int(top[1:3], 16)
+            self.stage = f"folder {number + 1} of 256"
+            known, todo = set(self.known[number]), list(level)
+            while todo:
+                below: list[File] = []
+                job = functools.partial(self.list_folder, below=below, known=known)
+                await self.spread(todo, job)
+                todo = below
+            if len(self.suspects) > SUSPECTS:
+                await self.doubt()
+        await self.doubt()
+
+    async def list_folder(
+        self, client: Patient, folder: File, below: list[File], known: set[int]
+    ) -> None:
+        """Look at all that is in a folder; the folders in it are for later. OSError."""
+        location, path = folder
+        if location in self.lost:
+            return
+        self.count["folders"] += 1
+        try:
+            rows = await self.listing(client, folder)
+        except (OSError, ValueError) as error:
+            if location not in self.lost:
+                self.report("unreachable", file=folder, reason=f"cannot be listed: {error}")
+            if isinstance(error, OSError):  # else it is this folder's trouble
+                self.lost.add(location)
+            return
+        for name, kind in rows:
+            each = File(location, path + name)
+            if kind == "directory" and FOLDER.fullmatch(each.path + "/") and len(path) < MAX_PATH:
+                below.append(File(location, each.path + "/"))
+            elif kind == "file":
+                self.identify(each, known)
+            elif path != "/" or (each.url not in self.places and name != "lost+found"):
+                self.report("name", file=each)
+
+    async def listing(self, client: Patient, folder: File) -> list[tuple[str, str]]:
+        """Name and type of all in a folder; of nothing when it is gone. OSError, ValueError."""
+        try:
+            answer = await client.fetch(folder)
+        except OSError as error:
+            raise OSError(str(error) or repr(error)) from error
+        if answer.status == 404 and folder.path != "/":
+            return []
+        if answer.status == 503:
+            raise OSError("it answers 503: no such drive there")
+        if answer.status != 200:
+            raise ValueError(f"it answers {answer.status}")
+        return parse_listing(answer.body)
+
+    def identify(self, file: File, known: set[int]) -> None:
+        """Tell a file that is a key's, or was one, from others. OSError."""
+        self.count["files"] += 1
+        try:
+            mkv.path2key(file.path)
+        except ValueError:
+            self.report("name", file=file)
+            return
+        if hash(file.url) not in known:
+            self.suspects.append(file)
+
+    async def doubt(self) -> None:
+        """Report the suspects that nothing names now either, nor a moment later. Wrong, OSError."""
+        suspects, self.suspects = self.suspects, []
+        suspects = await self.still_unnamed(suspects)
+        if suspects:
+            await asyncio.sleep(DOUBT)
+            suspects = await self.still_unnamed(suspects)
+        for file in suspects:
+            self.report("unnamed", mkv.path2key(file.path)[0].decode(), file)
+        self.unnamed += suspects
+
+    async def still_unnamed(self, files: Iterable[File]) -> list[File]:
+        """Those that are there, but not in any of the three lists. Wrong."""
+        suspects = defaultdict(list)
+        for file in files:
+            suspects[mkv.path2key(file.path)[0].decode()].append(file)
+        left: list[File] = []
+
+        async def see(client: Patient, key: str) -> None:
+            try:
+                named = await self.files_of(client, key)
+            except ValueError:  # nobody knows what it names; it is reported as such
+                return
+            for file in suspects[key]:
+                if file not in named and not await self.is_gone(client, file):
+                    left.append(file)
+
+        await self.spread(list(suspects), see)
+        return left
+
+    async def is_gone(self, client: Patient, file: File) -> bool:
+        """Whether a file that was listed is there no more."""
+        with contextlib.suppress(OSError):
+            return (await client.fetch(file, "HEAD")).status == 404
+        return False
+
+    # all of it
+
+    async def look(self) -> None:
+        """Check everything. Wrong, OSError."""
+        for which in KEYS:
+            async for rows in self.pages(which):
+                await self.spread(rows, self.check_row)
+        async for rows in self.pages(GARBAGE):
+            for row in rows:
+                self.check_garbage(row)
+        await self.check_names()
+        await self.check_files()
+        if self.flags.wait:
+            await self.look_again()
+        self.stage = "done"
+
+    async def look_again(self) -> None:
+        """Report as strays what nothing names after a long while either. Wrong, OSError."""
+        number, seconds = len(self.unnamed), self.flags.settle
+        if number:
+            self.stage = f"{number:,} unnamed files are looked at again in {seconds:g} s"
+            say(self.summary())
+            await asyncio.sleep(seconds)
+        login = '-u "$MKV_USERPASS" ' if self.flags.userpass else ""
+        for file in await self.still_unnamed(self.unnamed):
+            line = f"curl -gX DELETE {login}{shlex.quote(f'http://{file.url}')}"
+            self.report("stray", mkv.path2key(file.path)[0].decode(), file, delete=line)
+        del self.found["unnamed"]
+
+    async def run(self) -> int:
+        """The exit status. OSError: nobody takes what it prints."""
+        background = [asyncio.create_task(job) for job in (self.progress(), self.tick())]
+        try:
+            await self.look()
+        except (Wrong, asyncio.CancelledError) as error:
+            self.report("unfinished", reason=str(error) or "interrupted")
+        for task in background:
+            task.cancel()
+        say(self.summary())
+        if self.found["unreachable"] + self.found["unfinished"]:
+            return 2
+        return 1 if self.found.total() else 0
+
+
+def mute(stream: TextIO) -> None:
+    """Let a stream lead nowhere, so that nobody fails who writes to it, Python's end included."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
+
+
+def say(text: str, end: str = "\n") -> None:
+    """Tell a person, if there is one."""
+    if sys.stderr:
+        try:
+            print(text, end=end, file=sys.stderr, flush=True)
+        except OSError:
+            mute(sys.stderr)
+
+
+def occupy() -> None:
+    """Open the descriptors 0 to 2 that are closed: libuv aborts when it gets one of them."""
+    while (file := os.open(os.devnull, os.O_RDWR)) < 3:
+        pass
+    os.close(file)
+
+
+def verify(flags: argparse.Namespace) -> None:
+    """What `python thrasher.py verify` does."""
+    occupy()
+    if not sys.stdout:
+        say("thrasher: verify has nowhere to print its findings")
+        sys.exit(2)
+    try:
+        status = uvloop.run(Verify(flags).run())
+    except OSError as error:
+        mute(sys.stdout)
+        say(f"thrasher: the findings cannot be printed: {error}")
+        status = 2
+    sys.exit(status)
+
+
 # --- command line ---------------------------------------------------------------------------------
 
-FLAGS: dict[str, tuple[type, object, str]] = {
-    "server": (str, "127.0.0.1:3000", "host:port of a running server"),
-    "count": (int, 10_000, "how often a key is written, read and deleted"),
-    "clients": (int, 16, "how many do so at a time"),
-    "size": (int, 64, "bytes of a value"),
-    "keys": (int, 0, "distinct keys; deleted ones are written again (0: as many as -count)"),
+DEMO = "127.0.0.1:3001,127.0.0.1:3002,127.0.0.1:3003"  # the volumes of `mkv.py server` alone
+UNITS = {"ms": 0.001, "s": 1, "": 1, "m": 60, "h": 3600}
+
+
+def addresses(text: str) -> list[str]:
+    """host:port,host:port,… ValueError."""
+    found = text.split(",")
+    if not all(re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[\w.-]+):[0-9]{1,5}", each) for each in found):
+        raise ValueError(text)
+    return list(dict.fromkeys(found))
+
+
+def duration(text: str) -> float:
+    """Seconds: 300ms, 1s, 1.5s, 1m, 1h; a number alone is one of seconds. ValueError."""
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)(ms|s|m|h|)", text)
+    if not match:
+        raise ValueError(text)
+    return float(match[1]) * UNITS[match[2]]
+
+
+FLAGS: dict[str, tuple[Callable[[str], Any], str, str]] = {
+    "server": (addresses, "127.0.0.1:3000", "host:port,… of running servers with the same index"),
+    "userpass": (str, "", "user:password for server and volumes ($MKV_USERPASS)"),
+    "count": (int, "10000", "how often a key is written, read and deleted"),
+    "clients": (int, "16", "how many do so at a time"),
+    "size": (int, "64", "bytes of a value"),
+    "keys": (int, "0", "distinct keys; deleted ones are written again (0: as many as -count)"),
     "rows": (str, ",".join(ROWS), "bench: the rows to measure"),
+    "volumes": (addresses, DEMO, "verify: host:port,… of all volumes"),
+    "subvolumes": (int, "10", "verify: drives a volume"),
+    "replicas": (int, "3", "verify: copies that each value should have"),
+    "settle": (duration, "1h", "verify -wait: how long"),
 }
+SWITCHES = {
+    "quick": "bench: less of everything",
+    "long": "bench: 10 minutes of growth",
+    "deep": "verify: read every replica, and compare its MD5",
+    "wait": "verify: look again, after -settle, at files that nothing names",
+}
+
+
+def parse_flags() -> argparse.Namespace:
+    """The command line, checked."""
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style, allow_abbrev=False)
+    parser.add_argument("command", nargs="?", choices=["bench", "verify"])
+    for name, (kind, default, text) in FLAGS.items():
+        help_text = f"{text} ({default})" if default else text
+        parser.add_argument(f"-{name}", f"--{name}", type=kind, default=default, help=help_text)
+    for name, text in SWITCHES.items():
+        parser.add_argument(f"-{name}", f"--{name}", action="store_true", help=text)
+    flags = parser.parse_args()
+    if min(flags.count, flags.clients, flags.size) < 1 or 0 != flags.keys < flags.clients:
+        parser.error("-count, -clients, -size are at least 1, and -keys is at least -clients")
+    if set(flags.rows.split(",")) - set(ROWS):
+        parser.error(f"-rows are of {','.join(ROWS)}")
+    if not 1 <= flags.subvolumes <= 256 or flags.replicas < 1:
+        parser.error("-subvolumes is 1 to 256, and -replicas at least 1")
+    flags.userpass = flags.userpass or os.environ.get("MKV_USERPASS", "")
+    return flags
 
 
 def main() -> None:
     """What `python thrasher.py` does."""
-    style = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style, allow_abbrev=False)
-    parser.add_argument("command", nargs="?", choices=["bench"])
-    for name, (kind, default, text) in FLAGS.items():
-        help_text = f"{text} ({default})" if default else text
-        parser.add_argument(f"-{name}", f"--{name}", type=kind, default=default, help=help_text)
-    parser.add_argument("-quick", "--quick", action="store_true", help="bench: less of everything")
-    parser.add_argument("-long", "--long", action="store_true", help="bench: 10 minutes of growth")
-    flags = parser.parse_args()
-    if min(flags.count, flags.clients, flags.size) < 1 or 0 != flags.keys < flags.clients:
-        parser.error("-count, -clients, -size are at least 1, and -keys is at least -clients")
-    if not re.fullmatch(r".+:[0-9]{1,5}", flags.server) or set(flags.rows.split(",")) - set(ROWS):
-        parser.error(f"-server is host:port, -rows are of {','.join(ROWS)}")
+    flags = parse_flags()
+    commands = {None: classic, "bench": bench, "verify": verify}
     try:
-        bench(flags) if flags.command else classic(flags)
-    except (Wrong, OSError) as error:
+        commands[flags.command](flags)
+    except (Wrong, OSError, subprocess.CalledProcessError) as error:
         sys.exit(f"thrasher: {error}")
     except KeyboardInterrupt:
         sys.exit("thrasher: interrupted")

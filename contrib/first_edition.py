@@ -1,0 +1,22 @@
+"""The index of a first edition is taken over, once, at the first start on its folder."""
+
+import logging
+from typing import Any
+
+from mkv import LMDB, HTTPError, parse_record
+
+
+def take_over(index: LMDB, journal: Any) -> None:
+    """Make its journal garbage: also what its dead were making, where no record names it."""
+    changes = []
+    with index.env.begin() as txn:
+        for key, entry in txn.cursor(journal):
+            try:
+                _owner, _since, files = entry.split(b" ")
+                row, _ = index.look(key).waste(parse_record(files).replicas)
+                changes.append((index.garbage, key, row.garbage_text()))
+            except (HTTPError, ValueError):
+                logging.error("%a: %a in the journal is passed over", key, entry)
+    index.save(changes)
+    with index.env.begin(write=True) as txn:
+        txn.drop(journal)
