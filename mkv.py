@@ -125,7 +125,7 @@ def parse_record(text: bytes) -> Record:
     replicas = tuple(Replica(location, own if at else write_id) for location, at, own in parts)
     return Record(replicas, int(size) if size else None, write_id, digest, bool(deleted))
 
-@lru_cache(4096)
+@lru_cache(64)
 def parse_garbage(text: bytes) -> dict[Replica, float]:
     """Files, with since when they are garbage, from "<since> <location>@<id>,…"."""
     try:
@@ -220,10 +220,10 @@ class Group:
             self.jobs = []
             try:
                 answers = await self.work(jobs)
-            except HTTPError as error:
+            except Exception as error:  # is everybody's answer
                 answers = [error] * len(jobs)
             for future, answer in zip(futures, answers, strict=True):
-                failed, waits = isinstance(answer, HTTPError), not future.done()
+                failed, waits = isinstance(answer, Exception), not future.done()
                 if waits:
                     future.set_exception(answer) if failed else future.set_result(answer)
         self.running.discard(asyncio.current_task())
@@ -579,10 +579,9 @@ class Volume:
             exchange.close(keep=False)
             said = exchange.error or exchange.status
             self.id, *words = text.split() if said == 200 and text.strip() else [""]
-            self.drives, state = frozenset([".", *words] if words else ()), f"is down: {said}"
-            if words:
-                lacking = " ".join(sorted(self.expected - self.drives))
-                state = f"lacks {lacking}" if lacking else ""
+            self.drives = frozenset([".", *words] if words else ())
+            lacking = " ".join(sorted(self.expected - self.drives))
+            state = f"lacks {lacking}" if words and lacking else "" if words else f"is down: {said}"
             if state != self.state:
                 logging.warning("%s %s", self.name, state or "is up again")
             self.state, self.looks = state, self.looks + 1
@@ -824,6 +823,7 @@ class Store(Volumes):
         if not CONDITIONS.isdisjoint(fields):
             condition = import_module("contrib.conditions").parse(fields, self.flags.protect)
         require(not row.error, 500, row.error)
+        require(len(row.garbage) < 1000, 503, "a thousand files of this key are yet to be deleted")
         condition.check(row.record)
         fit = [place for place in self.ranking(key) if self.takes(place)]
         write_id = new_id(max(int(time()), row.newest() + 1))

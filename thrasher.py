@@ -162,8 +162,12 @@ class Wire(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         """Take whatever is whole."""
         self.silence = 0
-        self.buffer += data
         try:
+            if self.head and len(data) < self.left and not self.buffer:
+                self.left -= len(data)  # in the midst of a large body: no need to copy it
+                self.requests[0].body.update(data)
+                return
+            self.buffer += data
             while self.buffer and self.advance():
                 pass
         except ValueError as error:
@@ -638,8 +642,7 @@ def cycle_rows(scale: Scale) -> Rows:
     server, volumes, took = (end - begin for begin, end in zip(before, after, strict=True))
     measured = f"{scale.cycles / took:,.0f}/s, {server / scale.cycles * 1000:.2f} ms CPU each"
     stick = f"five volumes: {volumes / scale.cycles * 1000:.2f} ms CPU"
-    name = "write/read/delete, 16 clients, five volumes"
-    yield name, measured, stick, server / volumes, "at most 0.5"
+    yield "write/read/delete, 16 clients", measured, stick, server / volumes, "at most 0.5"
 
 
 async def upload(targets: Sequence[tuple[str, str]], value: bytes) -> float:
@@ -801,7 +804,7 @@ PAGE = 1000  # keys of a list at a time
 LOOKS = 10  # at a key that is another one each time
 SUSPECTS = 100_000  # files that are doubted together
 DOUBT = 1  # seconds between two looks for whoever may name a file: a write needs a moment
-TRIES = 30  # of a question to a server that has answered before, a second apart: it may restart
+TRIES = 60  # of a question to a server that has answered before, a second apart: it may restart
 MAX_PATH = 1000  # characters: no file of a key has so many, however its name is cut
 
 KEYS, GARBAGE = ("list&long", "unlinked&long"), "garbage"  # the lists of a server
@@ -918,14 +921,19 @@ class Patient(Client):
         super().__init__(userpass)
         self.alone = asyncio.Lock()  # for answers that end with their connection
         self.down: dict[str, float] = {}  # address → until when (monotonic) it is left alone
+        self.handshakes: dict[asyncio.Timeout, int] = {}  # ticks that they have taken
 
     async def connect(self, address: str) -> Wire:
         """A connection, in time. OSError."""
+        limit = asyncio.timeout(None)  # until tick() sets another
+        self.handshakes[limit] = 0
         try:
-            async with asyncio.timeout(PATIENCE):
+            async with limit:
                 return await super().connect(address)
         except (ValueError, OverflowError) as error:  # no name of a host, no number of a port
             raise Nonsense(f"no address: {error}") from error
+        finally:
+            del self.handshakes[limit]
 
     async def fetch(
         self, file: File, method: str = "GET", make: Callable[[], Body] = Page
@@ -958,6 +966,10 @@ class Patient(Client):
             wire.silence += 1
             if wire.requests and wire.silence > PATIENCE:
                 wire.fail(TimeoutError())
+        for limit in self.handshakes:
+            self.handshakes[limit] += 1
+            if self.handshakes[limit] > PATIENCE:
+                limit.reschedule(0)
 
 
 class Verify:
