@@ -40,7 +40,6 @@ HEAD_TIME, IDLE_TIME, LINGER_TIME = 10, 75, 5  # seconds: for a head, to the nex
 BODY_TIME, BODY_RATE = 60, 1024  # seconds of silence in a body; bytes a second: slower is 408
 PIECE, TURN = 1 << 18, 256  # bytes handed on at once; chunks, files, before others have their turn
 PROBE, TICK, DRAIN_TIME = 0.5, 0.1, 10  # seconds: between looks at a volume; ticks; SIGTERM to end
-Pieces = AsyncIterator[bytes]
 md5 = partial(hashlib.md5, usedforsecurity=False)
 
 class HTTPError(ValueError):
@@ -579,9 +578,11 @@ class Volume:
             exchange.close(keep=False)
             said = exchange.error or exchange.status
             self.id, *words = text.split() if said == 200 and text.strip() else [""]
-            self.drives = frozenset([".", *words] if words else ())
+            old = said in (403, 404)  # an older volume.sh: it does not tell, and has all
+            self.drives = frozenset([".", *words] if words else self.expected if old else ())
             lacking = " ".join(sorted(self.expected - self.drives))
             state = f"lacks {lacking}" if words and lacking else "" if words else f"is down: {said}"
+            state = "does not tell its drives: start it anew" if old else state
             if state != self.state:
                 logging.warning("%s %s", self.name, state or "is up again")
             self.state, self.looks = state, self.looks + 1
@@ -749,6 +750,7 @@ class Volumes:
 # The verbs, without sockets, LMDB or SQL. An operation of the index decides; all else is work on
 # files, each of which is in the intents, named by a record, or garbage, at any time.
 CONDITIONS = {b"if-match", b"if-none-match", b"if-modified-since", b"if-unmodified-since"}
+CONDITIONS |= {b"content-range", b"content-encoding"}  # none is ignored
 MD5 = re.compile(rb"(?:[0-9A-Fa-f]{32}|[0-9A-Za-z+/]{22}==)?")
 
 class Store(Volumes):
@@ -767,7 +769,7 @@ class Store(Volumes):
         self.counters[f'request_seconds_total{{method="{request.method}"}}'] += seconds
         if self.flags.v:
             logging.info("%s %s %s", request.method, ascii(request.path)[2:-1], status)
-    async def answer(self, request: Request, body: Body) -> bytes | Pieces:
+    async def answer(self, request: Request, body: Body) -> bytes | AsyncIterator[bytes]:
         """The answer to any request, whole or in pieces, of which the first has the head."""
         if self.flags.basicauth:
             import_module("contrib.security").check(request, self.flags)
@@ -814,8 +816,6 @@ class Store(Volumes):
     async def put(self, request: Request, body: Body) -> bytes:
         """201: `replicas` volumes have it all, and the index on disk names them."""
         key, fields, number = request.key, request.fields, self.flags.replicas
-        require(b"content-range" not in fields, 400, "a PUT is of the whole value")
-        require(b"content-encoding" not in fields, 415, "a value is kept as it comes")
         require(request.length != 0, 411, "a value has at least one byte, and a length or chunks")
         given = fields.get(b"content-md5", b"")
         require(MD5.fullmatch(given), 400, "malformed Content-MD5")

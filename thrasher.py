@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["uvloop", "lmdb>=3,<4"]
+# dependencies = ["uvloop", "lmdb>=3,<4", "aiofiles"]
 # ///
 """thrasher: what looks at mkv from outside: load, a benchmark, and a check of what is stored.
 

@@ -30,8 +30,10 @@ class Unchanged(NamedTuple):
 
 
 def parse(fields: dict[bytes, bytes], protect: bool) -> Condition | Match:
-    """What the header fields of a PUT demand. 403, 412."""
+    """What the header fields of a PUT demand. 400, 403, 412, 415."""
     demands = CONDITIONS & fields.keys()
+    require(b"content-range" not in demands, 400, "a PUT is of the whole value")
+    require(b"content-encoding" not in demands, 415, "a value is kept as it comes")
     if demands == {b"if-match"}:
         require(not protect, 403, "protected: UNLINK the key first")
         tags = fields[b"if-match"].decode("latin-1").split(",")

@@ -4,7 +4,7 @@ import asyncio
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
 from time import monotonic, time
 
@@ -15,7 +15,6 @@ from mkv import (
     PIECE,
     TEXT,
     HTTPError,
-    Pieces,
     Record,
     Row,
     Store,
@@ -26,6 +25,7 @@ from mkv import (
     written,
 )
 
+Pieces = AsyncIterator[bytes]
 STREAM = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n\r\n"  # the length is not known
 HELP = """mkv, a key-value store
 
@@ -59,14 +59,14 @@ async def listed(store: Store, prefix: bytes, start: bytes, limit: int, what: se
     """The JSON of keys with a prefix, from `start` on, or of their garbage, piece by piece."""
     is_garbage, mark = "garbage" in what, "unlinked" in what
     table = store.index.garbage if is_garbage else store.index.keys
-    describe = garbage_of if is_garbage else record_of if "long" in what else name_of
+    describe = garbage_of if is_garbage else records_of if "long" in what else names_of
     comma, following, end = "", "", prefix + b"\xff"  # beyond all keys with it: they are UTF-8
     yield STREAM
     yield b'{"garbage": [' if is_garbage else b'{"keys": ['
     async for rows in store.index.walk(table, max(prefix, start)):
         found = [row for row in rows if row[0] < end and row[1].startswith(b"DELETED") == mark]
         page = found[:limit]
-        items = [item for row in page for item in describe(*row)]
+        items = describe(page)
         if items:
             yield (comma + json.dumps(items)[1:-1]).encode()
             comma = ", "
@@ -78,32 +78,41 @@ async def listed(store: Store, prefix: bytes, start: bytes, limit: int, what: se
     yield f'], "next": {json.dumps(following)}}}\n'.encode()
 
 
-def name_of(key: bytes, _: bytes) -> list[str]:
-    """A key, as ?list has it."""
-    return [key.decode(errors="replace")]
+Page = Sequence[tuple[bytes, bytes]]  # keys, and what a table has of them
 
 
-def record_of(key: bytes, text: bytes) -> list[dict]:
-    """A key and its record, as ?list&long has them."""
-    record = Record()
-    with suppress(HTTPError):
-        record = parse_record(text)
-    return [
-        {
-            "key": key.decode(errors="replace"),
-            "size": record.size,
-            "md5": record.hash or None,
-            "time": written(record.write_id) or None,
-            "files": ["".join(file.at(key)) for file in record.replicas],
-        }
-    ]
+def names_of(page: Page) -> list[str]:
+    """Keys, as ?list has them."""
+    return [key.decode(errors="replace") for key, _ in page]
 
 
-def garbage_of(key: bytes, text: bytes) -> list[dict]:
-    """The garbage of a key, each file with its age in seconds, as ?garbage has it."""
-    ages = {"".join(file.at(key)): time() - since for file, since in parse_garbage(text).items()}
-    name = key.decode(errors="replace")
-    return [{"key": name, "file": file, "age": age} for file, age in ages.items()]
+def records_of(page: Page) -> list[dict]:
+    """Keys and their records, as ?list&long has them."""
+    items = []
+    for key, text in page:
+        record = Record()
+        with suppress(HTTPError):
+            record = parse_record(text)
+        items.append(
+            {
+                "key": key.decode(errors="replace"),
+                "size": record.size,
+                "md5": record.hash or None,
+                "time": written(record.write_id) or None,
+                "files": ["".join(file.at(key)) for file in record.replicas],
+            }
+        )
+    return items
+
+
+def garbage_of(page: Page) -> list[dict]:
+    """Garbage, each file with its age in seconds, as ?garbage has it."""
+    items = []
+    for key, text in page:
+        for file, since in parse_garbage(text).items():
+            name = key.decode(errors="replace")
+            items.append({"key": name, "file": "".join(file.at(key)), "age": time() - since})
+    return items
 
 
 async def snapshot(store: Store) -> Pieces:

@@ -1735,7 +1735,7 @@ def test_garbage_that_cannot_be_read_is_reported_and_passed_over(cluster: Make) 
     plant(server.db, garbage=[(b"/bad", BAD), (b"/worse", b"1.5 127.0.0.1:1")])
     server.start()
     assert not system.garbage()
-    until(lambda: "/bad" in server.log.read_text() and "/worse" in server.log.read_text())
+    until(lambda: server.log.read_text().count("cannot be read") >= 2)
     assert_values(system, values)
     assert [server.call("DELETE", path).status for path in ("/a", "/z")] == [204, 204]
     until(lambda: len(system.files()) == 3 and not system.garbage())  # swept as ever
@@ -1745,7 +1745,8 @@ def test_garbage_that_cannot_be_read_is_reported_and_passed_over(cluster: Make) 
     assert server.put("/bad", b"good") == server.put("/worse", b"good") == 201
     assert server.stop() == 0
     with lmdb.open(str(system.folder / "index"), max_dbs=8, map_size=1 << 40) as env:
-        assert BAD not in [row for _, row in env.begin().cursor(env.open_db(b"garbage"))]
+        table = env.open_db(b"garbage")
+        assert BAD not in [row for _, row in env.begin().cursor(table)]
 
 
 @pytest.mark.parametrize("name", ["keys", "garbage"])
@@ -3055,33 +3056,6 @@ def test_rebalance_works_without_a_server_too(cluster: Make) -> None:
     system.server = system.start(*free_ports(1))
     assert_values(system, values)
     assert_at_home(system, system.volumes, 3, 10)
-
-
-def test_a_server_that_wants_to_start_need_not_wait_for_the_end_of_a_rebalance(
-    cluster: Make,
-) -> None:
-    system = cluster(volumes=3, subvolumes=2)
-    values = values_of(f"/k{n}" for n in range(600))
-    store_all(system, values)
-    grow(system, 1)
-    assert system.server.stop() == 0
-    names = {volume.name for volume in system.volumes}
-    command = Command(system, "rebalance")
-    until(
-        lambda: any(
-            volume_of(r.location) == system.volumes[3].name
-            for record in stored(system.folder / "index")[0].values()
-            for r in record.replicas
-        )
-    )
-    system.server = system.start(*free_ports(1))
-    assert command.process.poll() is None, "there were too few keys for this test"
-    assert system.server.put("/new", b"value") == 201
-    values["/new"] = b"value"
-    assert command.wait().status == 0 and command.findings == []
-    assert names == {volume.name for volume in system.volumes}
-    assert_values(system, values)
-    assert_at_home(system, system.volumes, 3, 2)
 
 
 def test_a_rebalance_killed_anywhere_is_completed_by_the_next(cluster: Make) -> None:
