@@ -596,7 +596,7 @@ class Exchange:
         self.volume, self.method, self.location = volume, method, place[0]
         self.url, self.patience = "".join(place), patience  # seconds without a sign of life
         self.status, self.error, self.silent, self.length = 0, "", False, None
-        self.reader, self.writer = None, None
+        self.reader, self.writer, self.sent = None, None, monotonic()
         fields = f"Host: {volume.name}\r\n{volume.login}" + (more or "Content-Length: 0\r\n")
         self.head = f"{method} {self.url[len(volume.name) :]} HTTP/1.1\r\n{fields}\r\n".encode()
         self.whole, self.chunked = not more, "chunked" in more  # is all of the body written?
