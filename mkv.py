@@ -52,7 +52,6 @@ def require(condition: Any, status: int, reason: str, fields: str = "") -> None:
     """Raise HTTPError unless a condition holds."""
     if not condition:
         raise HTTPError(status, reason, fields)
-
 # --- placement ------------------------------------------------------------------------------------
 # Where a key's files lie, in minikeyvalue's layout. A location is "host:port" (a volume of one
 # drive) or "host:port/svXX". A write id is 16 hex digits: 8 of seconds since 1970, 8 random.
@@ -85,7 +84,6 @@ def key2volume(key: bytes, volumes: Sequence[str], replicas: int, subvolumes: in
     scores = sorted([(md5(key + v.encode()).digest(), v) for v in volumes], reverse=True)
     drive = "/sv{:02X}" if subvolumes > 1 else ""
     return [v + drive.format(int.from_bytes(md5[12:]) % subvolumes) for md5, v in scores[:replicas]]
-
 # --- record ---------------------------------------------------------------------------------------
 # What the index knows of a key: [DELETED][HASH<32 hex>]<location>,<location>@<id>,…[ <size> <id>]
 # Without size and id it is minikeyvalue's record, byte for byte.
@@ -133,7 +131,6 @@ def parse_garbage(text: bytes) -> dict[Replica, float]:
     except ValueError:
         logging.error("this garbage cannot be read, and is passed over: %a", text[:200])
         return {}
-
 # --- operations -----------------------------------------------------------------------------------
 # All that ever changes in the index: functions of a key's row and plain arguments, which return the
 # new row and an answer, or raise HTTPError and change nothing. Pure: `now` is the index's clock.
@@ -197,7 +194,6 @@ def run_operations(rows: dict[bytes, Row], jobs: Sequence[tuple]) -> list[Any]:
             answer = error
         answers.append(answer)
     return answers
-
 # --- index ----------------------------------------------------------------------------------------
 # Two tables. keys: key → record. garbage: key → files that may exist and that no record names.
 # Only operations write; what they answer is on disk. One process has a folder to itself.
@@ -355,7 +351,6 @@ class Intents:
         del self.open[path]
         with suppress(OSError):
             self._append(self.file, f"- {path}\n")
-
 # --- http -----------------------------------------------------------------------------------------
 # HTTP/1.1 by hand (RFC 9112). What could be read in two ways is refused, and so is all that comes
 # after it: no request is smuggled past a proxy. No expression here backtracks: linear in its input.
@@ -555,7 +550,6 @@ class Connection(asyncio.StreamReaderProtocol):
             answer = answer.replace(b"\r\n", b"\r\nConnection: close\r\n", 1)
         self.writer.write(answer[: answer.find(END) + 4] if request.method == "HEAD" else answer)
         self.store.note(request, answer[9:12].decode(), monotonic() - began)
-
 # --- volumes --------------------------------------------------------------------------------------
 # What nginx holds. A look at each volume, twice a second, says which drives are there.
 class Volume:
@@ -745,7 +739,6 @@ class Volumes:
             for exchange in exchanges:
                 exchange.close()
         return exchanges, size, digest.digest()
-
 # --- store ----------------------------------------------------------------------------------------
 # The verbs, without sockets, LMDB or SQL. An operation of the index decides; all else is work on
 # files, each of which is in the intents, named by a record, or garbage, at any time.
@@ -762,6 +755,7 @@ class Store(Volumes):
         self.locks = {path2key(path)[0] for path in self.stale}  # keys that are being written
         self.connections, self.at_once = set(), index.immediate and not flags.basicauth
         self.most_connections = os.sysconf("SC_OPEN_MAX") // 2  # the other half is for volumes
+        self.describe = lru_cache(4096)(self._describe)  # the URL of a file, and what to say of it
         self.counters = Counter(received_bytes_total=0, swept_files_total=0)
     def note(self, request: Request, status: str, seconds: float) -> None:
         """Count a request; with -v, log it."""
@@ -801,15 +795,19 @@ class Store(Volumes):
             return response(302 if other else 404, to)
         up = [file for file in record.replicas if self.is_up(file.location)]
         require(up, 503, "no volume that has it can be reached: see /?ready")
-        url = "".join(random.choice([f for f in up if self.takes(f.location)] or up).at(key))
+        willing = [f for f in up if self.takes(f.location)] if self.refusing else up
+        url, fields = self.describe(key, record, random.choice(willing or up))
         if secret := os.environ.get("MKV_SECRET"):
             url = import_module("contrib.security").sign(url, secret)
-        places = [file.location for file in record.replicas]
+        head = f"HTTP/1.1 302 Found\r\nContent-Length: 0\r\nLocation: http://{url}\r\n"
+        return f"{head}{fields}\r\n".encode()
+    def _describe(self, key: bytes, record: Record, file: Replica) -> tuple[str, str]:
+        places = [replica.location for replica in record.replicas]
         home = sorted(places) == sorted(self.ranking(key)[: self.flags.replicas])
-        fields = f"Location: http://{url}\r\nKey-Volumes: {','.join(places)}\r\n"
+        fields = f"Key-Volumes: {','.join(places)}\r\n"
         fields += f"Content-Md5: {record.hash}\r\n" if record.hash else ""
         fields += f"Key-Balance: {'balanced' if home else 'unbalanced'}\r\n"
-        return f"HTTP/1.1 302 Found\r\nContent-Length: 0\r\n{fields}\r\n".encode()
+        return "".join(file.at(key)), fields
     def ranking(self, key: bytes) -> list[str]:
         """A location on each volume, the key's best first."""
         return key2volume(key, self.flags.volumes, 1 << 20, self.flags.subvolumes)
@@ -933,7 +931,6 @@ class Store(Volumes):
                 except HTTPError:  # the index cannot be reached
                     self.sweep_soon(self.flags.grace)
             seen = there
-
 # --- server ---------------------------------------------------------------------------------------
 # The process. What not every server needs is in contrib/, a file each, loaded when it is asked for.
 async def load(flags: Any) -> Store:
