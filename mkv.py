@@ -236,7 +236,7 @@ def take_lock(path: Path, address: str) -> Any:
 
 class LMDB:
     """The embedded index: an LMDB in a folder, with a thread for write transactions. 503."""
-    immediate = True  # look() does not wait
+    immediate = True  # record() does not wait
     def __init__(self, folder: Path, address: str) -> None:
         self.folder, self.lock = folder, take_lock(folder / "alive", address)
         self.env = lmdb.open(str(folder), map_size=1 << 40, max_dbs=3)
@@ -249,6 +249,9 @@ class LMDB:
         with suppress(lmdb.NotFoundError):
             journal = self.env.open_db(b"journal", create=False)
             import_module("contrib.first_edition").take_over(self, journal)
+    def record(self, key: bytes) -> Record:
+        """A key's record, without waiting. 500."""
+        return parse_record(self.env.begin().get(key, b"", db=self.keys))
     def look(self, key: bytes) -> Row:
         """A key's row, without waiting; with `error` if it cannot be read."""
         with self.env.begin() as txn:
@@ -490,7 +493,7 @@ class Connection(asyncio.StreamReaderProtocol):
                 began, request = monotonic(), parse_request(data)
                 plain = request.query is None and request.length == 0 and not request.close
                 if plain and self.store.at_once and len(request.key) > 1:
-                    answer = self.store.get(request, self.store.index.look(request.key))
+                    answer = self.store.get(request, self.store.index.record(request.key))
                     self.idle.reschedule(began + IDLE_TIME)
                     return self._respond(request, answer, began)
         return super().data_received(data)
@@ -772,7 +775,9 @@ class Store(Volumes):
             words = parse_qs(query, keep_blank_values=True, encoding="latin-1")
             if key == b"/" or not words.keys().isdisjoint(("list", "unlinked")):
                 return await import_module("contrib.views").view(self, key, words)
-            return self.get(request, await self.index.row(key))
+            row = await self.index.row(key)
+            require(not row.error, 500, row.error)
+            return self.get(request, row.record)
         require(len(key) > 1, 400, "a key has two bytes at least")
         require(query == "" or (query == "deep" and verb == "REBALANCE"), 400, "no such query")
         if verb == "PUT":
@@ -786,17 +791,15 @@ class Store(Volumes):
             old = await self.index.do(Row.remove, key, self.flags.protect)
             await self.erase([(key, file, 1e9) for file in old.replicas])
         return response(204)
-    def get(self, request: Request, row: Row) -> bytes:
+    def get(self, request: Request, record: Record) -> bytes:
         """302 to a replica that is there, at random; signed for secure_link. 404; 503: none is."""
-        require(not row.error, 500, row.error)
-        key, record, other = request.key, row.record, self.flags.fallback
+        other = self.flags.fallback and f"http://{self.flags.fallback}{quote(request.key)}"
         if not record.live:
-            to = f"Location: http://{other}{quote(key)}\r\n" if other else ""
-            return response(302 if other else 404, to)
+            return response(302, f"Location: {other}\r\n") if other else response(404)
         up = [file for file in record.replicas if self.is_up(file.location)]
         require(up, 503, "no volume that has it can be reached: see /?ready")
         willing = [f for f in up if self.takes(f.location)] if self.refusing else up
-        url, fields = self.describe(key, record, random.choice(willing or up))
+        url, fields = self.describe(request.key, record, random.choice(willing or up))
         if secret := os.environ.get("MKV_SECRET"):
             url = import_module("contrib.security").sign(url, secret)
         head = f"HTTP/1.1 302 Found\r\nContent-Length: 0\r\nLocation: http://{url}\r\n"
@@ -804,9 +807,9 @@ class Store(Volumes):
     def _describe(self, key: bytes, record: Record, file: Replica) -> tuple[str, str]:
         places = [replica.location for replica in record.replicas]
         home = sorted(places) == sorted(self.ranking(key)[: self.flags.replicas])
-        fields = f"Key-Volumes: {','.join(places)}\r\n"
+        balance, volumes = "balanced" if home else "unbalanced", ",".join(places)
+        fields = f"Key-Volumes: {volumes}\r\nKey-Balance: {balance}\r\n"
         fields += f"Content-Md5: {record.hash}\r\n" if record.hash else ""
-        fields += f"Key-Balance: {'balanced' if home else 'unbalanced'}\r\n"
         return "".join(file.at(key)), fields
     def ranking(self, key: bytes) -> list[str]:
         """A location on each volume, the key's best first."""
@@ -952,9 +955,9 @@ async def serve(flags: Any) -> None:
     """Serve until a signal comes; then finish what is in hand. OSError, lmdb.Error, HTTPError."""
     loop, stop = asyncio.get_running_loop(), asyncio.Event()
     passed = os.environ.get("LISTEN_PID") == str(os.getpid())  # by systemd
-    kind, where = socket.AF_INET, (flags.bind.strip("[]"), flags.port)
-    kind = socket.AF_INET6 if ":" in flags.bind else kind
-    listener = socket.socket(fileno=3) if passed else socket.create_server(where, family=kind)
+    kind = socket.AF_INET6 if ":" in flags.bind else socket.AF_INET
+    new = partial(socket.create_server, (flags.bind.strip("[]"), flags.port), family=kind)
+    listener = socket.socket(fileno=3) if passed else new()
     flags.port = listener.getsockname()[1]
     for number in signal.SIGINT, signal.SIGTERM, signal.SIGHUP:
         loop.add_signal_handler(number, stop.set)
