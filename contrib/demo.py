@@ -27,11 +27,8 @@ def volumes(flags: argparse.Namespace) -> Iterator[None]:
             while not pid.exists() or pid.read_text().strip() != str(volume.pid):
                 require(volume.poll() is None, 503, f"no volume at port {port}")
                 sleep(TICK)
+        address = f"{flags.bind}:{flags.port}"
+        flags.hint = (
+            f"\ncurl -X PUT -d swag {address}/key\ncurl -L {address}/key\ncurl '{address}/?list'"
+        )
         yield
-
-
-def say(flags: argparse.Namespace) -> None:
-    """Print three curl lines to try."""
-    address = f"{flags.bind}:{flags.port}"
-    print(f"curl -X PUT -d swag {address}/key", f"curl -L {address}/key", sep="\n")
-    print(f"curl '{address}/?list'", flush=True)

@@ -3,7 +3,7 @@
 import logging
 from typing import Any
 
-from mkv import LMDB, HTTPError, parse_record
+from mkv import LMDB, HTTPError, parse_record, require
 
 
 def take_over(index: LMDB, journal: Any) -> None:
@@ -13,7 +13,9 @@ def take_over(index: LMDB, journal: Any) -> None:
         for key, entry in txn.cursor(journal):
             try:
                 _owner, _since, files = entry.split(b" ")
-                row, _ = index.look(key).waste(parse_record(files).replicas)
+                record = parse_record(files)
+                require(not record.error, 500, record.error)
+                row, _ = index.look(key).waste(record.replicas)
                 changes.append((index.garbage, key, row.garbage_text()))
             except (HTTPError, ValueError):
                 logging.error("%a: %a in the journal is passed over", key, entry)

@@ -71,6 +71,8 @@ def parse_flags() -> argparse.Namespace:
         parser.error("-intents goes with -db postgres://…")
     beside = f"mkv-data/intents-{flags.port}" if flags.shared else f"{flags.db}/intents"
     flags.intents = flags.intents or beside
+    flags.secret = os.environ.get("MKV_SECRET", "")
+    flags.hint = ""  # what the demo says at its start
     flags.demo = flags.command == "server" and flags.volumes is DEMO
     flags.bind = flags.bind or ("127.0.0.1" if flags.volumes is DEMO else "0.0.0.0")
     if not 1 <= flags.replicas <= len(flags.volumes):

@@ -105,7 +105,7 @@ async def rebalance(store: Store, key: bytes, deep: bool) -> bytes:
     """204: the best locations that work have the value, whole, and no others. 404, 409, 503."""
     require(key not in store.locks, 409, "another PUT or REBALANCE of this key is under way")
     row = await store.index.row(key)
-    require(not row.error, 500, row.error)
+    require(not row.record.error, 500, row.record.error)
     old, number = row.record, store.flags.replicas
     require(old.replicas, 404, "no such key")
     wrong = await examine(store, key, old, deep)
@@ -334,7 +334,7 @@ def locations(store: Store) -> list[str]:
     """The roots of all volumes, and the drives that they should have, or say they have."""
     places = []
     for name in store.flags.volumes:
-        volume = store.volume(name)
+        volume, _ = store.drive(name)
         drives = sorted((volume.expected | volume.drives) - {"."})
         places += [name, *(f"{name}/{drive}" for drive in drives)]
     return places

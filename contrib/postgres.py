@@ -68,11 +68,7 @@ pg_class WHERE oid = 'mkv'::regclass"""
 
 def load(record: str, garbage: str, now: float) -> Row:
     """A row, from its texts, in which times are by PostgreSQL's clock, as `now`."""
-    files = parse_garbage(garbage.encode())
-    try:
-        return Row(parse_record(record.encode()), files, now)
-    except HTTPError as error:
-        return Row(Record(), files, now, error.reason)
+    return Row(parse_record(record.encode()), parse_garbage(garbage.encode()), now)
 
 
 def texts(row: Row) -> tuple[str, str]:
@@ -152,7 +148,7 @@ class Postgres:
         return self.queries.do(monotonic() + WORK_TIME, sql, *args)
 
     async def row(self, key: bytes) -> Row:
-        """A key's row; with `error` if it cannot be read. 503."""
+        """A key's row. 503."""
         return await self.reads.do(monotonic() + WORK_TIME, key)
 
     async def walk(self, table: str, start: bytes) -> AsyncIterator[list[tuple[bytes, bytes]]]:
@@ -248,7 +244,7 @@ class Postgres:
         old = {key: load(*its) for key, *its in found}
         rows = dict(old)
         answers = run_operations(rows, jobs)
-        new = {key: texts(row) for key, row in rows.items() if not row.error}
+        new = {key: texts(row) for key, row in rows.items() if not row.record.error}
         empty = [key for key in new if not any(new[key])]
         changed = [(k, *new[k]) for k in new if any(new[k]) and rows[k] is not old[k]]
         await wire.execute(SAVE, empty, *([row[i] for row in changed] for i in range(3)))

@@ -25,9 +25,11 @@ def check(request: Request, flags: argparse.Namespace) -> None:
     require(any(right), 401, "log in, please", 'WWW-Authenticate: Basic realm="mkv"\r\n')
 
 
-def sign(url: str, secret: str) -> str:
-    """A URL that may be read for a while without a password: see nginx's secure_link."""
+def sign(answer: bytes, secret: str) -> bytes:
+    """A redirect whose URL may be read for a while without a password: see nginx's secure_link."""
+    head, _, rest = answer.partition(b"Location: http://")
+    url, _, rest = rest.partition(b"\r\n")
     until = int(time()) + LINK_TIME
-    text = f"{until}/{url.partition('/')[2]} {secret}".encode(errors="surrogateescape")
-    proof = urlsafe_b64encode(md5(text).digest())[:22].decode()
-    return f"{url}?md5={proof}&expires={until}"
+    text = f"{until}/{url.decode().partition('/')[2]} {secret}"
+    proof = urlsafe_b64encode(md5(text.encode(errors="surrogateescape")).digest())[:22]
+    return b"%sLocation: http://%s?md5=%b&expires=%d\r\n%s" % (head, url, proof, until, rest)

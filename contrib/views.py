@@ -15,7 +15,6 @@ from mkv import (
     PIECE,
     TEXT,
     HTTPError,
-    Record,
     Row,
     Store,
     parse_garbage,
@@ -90,9 +89,7 @@ def records_of(page: Page) -> list[dict]:
     """Keys and their records, as ?list&long has them."""
     items = []
     for key, text in page:
-        record = Record()
-        with suppress(HTTPError):
-            record = parse_record(text)
+        record = parse_record(text)
         items.append(
             {
                 "key": key.decode(errors="replace"),
@@ -162,7 +159,7 @@ async def metrics(store: Store) -> str:
     keys, garbage = -1, -1
     with suppress(HTTPError):  # an index that cannot be reached tells nothing else
         keys, garbage = await index.count()
-    up = {name: int(len(store.volume(name).drives) > 0) for name in names}
+    up = {name: int(len(store.drive(name)[0].drives) > 0) for name in names}
     samples: dict[str, float] = {
         "keys": keys,
         "garbage_keys": garbage,
@@ -171,6 +168,8 @@ async def metrics(store: Store) -> str:
         "event_loop_lag_seconds": lag,
         "volumes": len(up),
         "volumes_up": sum(up.values()),
+        "received_bytes_total": store.totals["received_bytes"],
+        "swept_files_total": store.totals["swept_files"],
         "commits_total": index.commits,
         "commit_seconds_total": index.seconds,
         "commit_retries_total": getattr(index, "retries", 0),
@@ -180,7 +179,11 @@ async def metrics(store: Store) -> str:
     for place in store.refusing:
         refuses = int(store.is_up(place) and not store.takes(place))
         samples[f'location_refuses_writes{{location="{place}"}}'] = refuses
-    return exposition(samples | store.counters)
+    for (method, status), count in store.requests.items():
+        samples[f'requests_total{{method="{method}",status="{status.decode()}"}}'] = count
+    for method, seconds in store.seconds.items():
+        samples[f'request_seconds_total{{method="{method}"}}'] = seconds
+    return exposition(samples)
 
 
 HELPS = {
