@@ -961,6 +961,7 @@ async def serve(flags: Any) -> None:
     flags.port = listener.getsockname()[1]
     for number in signal.SIGINT, signal.SIGTERM, signal.SIGHUP:
         loop.add_signal_handler(number, stop.set)
+    await import_module("contrib.maintenance").free(flags)  # of a rebalance
     store = await load(flags)
     server = await loop.create_server(lambda: Connection(store), sock=listener, backlog=4096)
     url = f"http://{flags.bind}:{flags.port}"

@@ -19,13 +19,14 @@ from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
 from email.utils import formatdate
 from pathlib import Path
-from time import time
+from time import monotonic, time
 from urllib.parse import quote
 
 import uvloop
 
 from contrib.conditions import Unchanged
 from mkv import (
+    TICK,
     TURN,
     Exchange,
     HTTPError,
@@ -40,10 +41,13 @@ from mkv import (
     path2key,
     require,
     response,
+    take_lock,
     written,
 )
 
 OURS = "a command, "  # so begins the address in the lock of an index that a command has
+WANTED = ".wanted"  # a file with this suffix says that a server wants the lock
+PATIENCE = 30  # seconds that a server waits for a rebalance to let go, and it for the server
 ASKED, TRIES = 16, 10  # keys that rebalance has under way at a time; tries of one that changes
 LONGEST = 1200  # characters of the path of a file, at most
 
@@ -377,20 +381,45 @@ async def list_folders(
             report.finding("unreachable", location=location, path=folder, reason=str(error))
 
 
+def lock_file(flags: argparse.Namespace, suffix: str = "") -> Path:
+    """The lock of the index (LMDB), or of our intents; or a file beside it."""
+    return Path((f"{flags.intents}.lock" if flags.shared else f"{flags.db}/alive") + suffix)
+
+
+def holder(flags: argparse.Namespace) -> str:
+    """Where the process is that has, or had, that lock. Not to be asked by itself: it loses it."""
+    lock = lock_file(flags)
+    return lock.read_text() if lock.exists() else ""
+
+
+async def free(flags: argparse.Namespace) -> None:
+    """A server wants to start: a rebalance that has the index is asked to let go, and does soon."""
+    wanted, ends = lock_file(flags, WANTED), monotonic() + PATIENCE
+    while holder(flags).startswith(f"{OURS}rebalance") and monotonic() < ends:
+        try:
+            take_lock(lock_file(flags), "").close()  # it has died, or let go
+        except HTTPError:
+            wanted.touch()
+            await asyncio.sleep(TICK)
+    wanted.unlink(missing_ok=True)
+
+
 async def bring_home(flags: argparse.Namespace, report: Report) -> None:
-    """Rebalance: ask the server that has the index; if there is none, do it ourselves."""
+    """Rebalance: ask the server that has the index; if there is none, do it until one comes."""
     try:
         store = await load(flags)
     except HTTPError as error:
-        lock = Path(f"{flags.intents}.lock" if flags.shared else f"{flags.db}/alive")
-        server = lock.read_text() if lock.exists() else ""
+        server = holder(flags)
         if error.status != 503 or not server or server.startswith(OURS):
             raise
         return await ask_server(flags, server, report)
+    wanted = lock_file(flags, WANTED)
     for mark in (False, True):  # the live ones first
         async for rows in store.index.walk(store.index.keys, b""):
             keys = [key for key, text in rows if text.startswith(b"DELETED") == mark]
             for start in range(0, len(keys), ASKED):
+                if wanted.exists():
+                    return await hand_over(store, report)
                 some = keys[start : start + ASKED]
                 await asyncio.gather(*(attempt(store, key, flags.deep, report) for key in some))
                 report.done += len(some)
@@ -398,6 +427,19 @@ async def bring_home(flags: argparse.Namespace, report: Report) -> None:
         await asyncio.sleep(flags.grace)
         await store.sweep()
     return None
+
+
+async def hand_over(store: Store, report: Report) -> None:
+    """Let go of the index, and ask the server that takes it."""
+    await asyncio.gather(*store.index.group.running)
+    if store.index.immediate:
+        store.index.env.close()
+    store.index.lock.close()
+    ends = monotonic() + PATIENCE
+    while not holder(store.flags) or holder(store.flags).startswith(OURS):
+        require(monotonic() < ends, 503, "a server wanted the index, and did not take it")
+        await asyncio.sleep(TICK)
+    await ask_server(store.flags, holder(store.flags), report)
 
 
 async def attempt(store: Store, key: bytes, deep: bool, report: Report) -> None:
