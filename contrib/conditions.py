@@ -11,7 +11,7 @@ class Match(NamedTuple):
     """A live record with one of these tags: `*`, or `"<md5>"`."""
 
     tags: tuple[str, ...]
-    md5: str
+    md5: str = ""
     is_move: bool = False
 
     def check(self, record: Record) -> None:
