@@ -946,7 +946,7 @@ async def load(flags: Any) -> Store:
     volumes = [store.drive(name)[0] for name in flags.volumes]
     while not all(volume.looks for volume in volumes):
         await asyncio.sleep(TICK)
-    import_module("contrib.flags").check_names(volumes)
+    await import_module("contrib.maintenance").check_start(store, volumes)
     for path in list(store.stale):
         await store.give_up(path)
     return store

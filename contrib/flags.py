@@ -3,10 +3,6 @@
 import argparse
 import os
 import re
-from collections import Counter
-from collections.abc import Sequence
-
-from mkv import HTTPError
 
 DEMO = ("127.0.0.1:3001", "127.0.0.1:3002", "127.0.0.1:3003")  # the volumes without -volumes
 COMMANDS = ("server", "rebuild", "rebalance")
@@ -83,11 +79,3 @@ def parse_flags() -> argparse.Namespace:
     if flags.basicauth and ":" not in os.environ.get("MKV_CLIENTS", flags.userpass):
         parser.error("-basicauth wants passwords: MKV_CLIENTS=user:password,…")
     return flags
-
-
-def check_names(volumes: Sequence) -> None:
-    """Volumes say who they are: one with two names would be two replicas of a key. HTTPError."""
-    ids = Counter(volume.id for volume in volumes if volume.id)
-    twice = [volume.name for volume in volumes if ids[volume.id] > 1]
-    if twice:
-        raise HTTPError(400, f"these are names of one volume: {', '.join(twice)}")

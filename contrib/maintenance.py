@@ -46,7 +46,8 @@ from mkv import (
 )
 
 OURS = "a command, "  # so begins the address in the lock of an index that a command has
-WANTED = ".wanted"  # a file with this suffix says that a server wants the lock
+WANTED = ".wanted"  # a file beside the lock, with this suffix: a server wants it
+REPORTS = ".reports"  # another: how commands have ended
 PATIENCE = 30  # seconds that a server waits for a rebalance to let go, and it for the server
 ASKED, TRIES = 16, 10  # keys that rebalance has under way at a time; tries of one that changes
 LONGEST = 1200  # characters of the path of a file, at most
@@ -232,15 +233,33 @@ class Report:
         self.progress("\n")
         return 2 if self.found["unfinished"] + self.found["unreachable"] else int(bool(self.found))
 
+    def file(self, path: Path) -> None:
+        """Note beside the lock when the command has ended, and what it found: see /?metrics."""
+        reports = read_reports(path) | {self.command: {"ended": time(), "found": self.found}}
+        with suppress(OSError):
+            new = path.with_suffix(".new")
+            new.write_text(json.dumps(reports))
+            new.rename(path)
+
+
+def read_reports(path: Path) -> dict[str, dict]:
+    """What file() has noted, by command; nothing if there is no such file."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+
 
 def main(flags: argparse.Namespace) -> int:
     """Run a command; its exit status. OSError, lmdb.Error, HTTPError."""
-    report = Report(flags.command)
+    report = Report(f"{flags.command} -deep" if flags.deep else flags.command)
+    reports = lock_file(flags, REPORTS)
     flags.bind, flags.port = f"{OURS}{flags.command}, process", os.getpid()
     try:
         uvloop.run(run(flags, report))
     except KeyboardInterrupt:
         report.finding("unfinished", reason="interrupted")
+    report.file(reports)
     return report.status()
 
 
@@ -402,6 +421,24 @@ async def free(flags: argparse.Namespace) -> None:
             wanted.touch()
             await asyncio.sleep(TICK)
     wanted.unlink(missing_ok=True)
+
+
+async def check_start(store: Store, volumes: Sequence[Volume]) -> None:
+    """A volume of two names would be two replicas of a key: HTTPError. A lost index: a warning."""
+    ids = Counter(volume.id for volume in volumes if volume.id)
+    twice = [volume.name for volume in volumes if ids[volume.id] > 1]
+    require(not twice, 400, f"these are names of one volume: {', '.join(twice)}")
+    if store.flags.command == "server" and not sum(await store.index.count()):
+        names: set[str] = set()
+        roots = [(place, "/") for place in locations(store) if store.is_up(place)]
+        for exchange in await store.open("GET", roots):
+            await exchange.answer()
+            with suppress(ValueError):
+                text = (await exchange.text()).decode(errors="replace")
+                names.update(name for name, _ in parse_listing(text) if exchange.status == 200)
+            exchange.close()
+        if any(re.fullmatch("[0-9a-f]{2}", name) for name in names):
+            logging.warning("the volumes have files, and the index is empty: rebuild it?")
 
 
 async def bring_home(flags: argparse.Namespace, report: Report) -> None:

@@ -11,6 +11,7 @@ from time import monotonic, time
 import aiofiles
 import lmdb
 
+from contrib.maintenance import REPORTS, lock_file, read_reports
 from mkv import (
     PIECE,
     TEXT,
@@ -183,6 +184,9 @@ async def metrics(store: Store) -> str:
         samples[f'requests_total{{method="{method}",status="{status.decode()}"}}'] = count
     for method, seconds in store.seconds.items():
         samples[f'request_seconds_total{{method="{method}"}}'] = seconds
+    for command, report in read_reports(lock_file(store.flags, REPORTS)).items():
+        samples[f'command_ended_seconds{{command="{command}"}}'] = report["ended"]
+        samples[f'command_findings{{command="{command}"}}'] = sum(report["found"].values())
     return exposition(samples)
 
 
@@ -198,6 +202,8 @@ HELPS = {
     "location_refuses_writes": "Whether a location is left alone, since it failed for a file.",
     "requests_total": "Requests, by verb and status.",
     "request_seconds_total": "Time from a request's first byte to its answer's, by verb.",
+    "command_ended_seconds": "When rebuild or rebalance last ended, since 1970.",
+    "command_findings": "What it then found that is not as it should be.",
     "received_bytes_total": "Bytes of values received.",
     "swept_files_total": "Files deleted.",
     "commits_total": "Transactions of the index.",
