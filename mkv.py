@@ -498,7 +498,7 @@ class Connection(asyncio.StreamReaderProtocol):
                 plain = request.query is None and request.length == 0 and not request.close
                 if plain and self.store.at_once and len(request.key) > 1:
                     answer = self.store.get(request, self.store.index.record(request.key))
-                    if self.idle.when() < began + IDLE_TIME - 1:
+                    if self.idle.when() < began + 0.9 * IDLE_TIME:
                         self.idle.reschedule(began + IDLE_TIME)
                     return self._respond(request, answer, began)
         return super().data_received(data)
