@@ -362,7 +362,7 @@ class Intents:
 LINE = re.compile(rb"([A-Z]+) (?:http://[^/?# ]*)?(/[^?# ]*)(?:\?([^# ]*))? HTTP/1\.([01])\r\n")
 STATUS = re.compile(rb"HTTP/1\.[01] ([2-5][0-9][0-9])(?: [\t\x20-\x7e\x80-\xff]*)?\r\n")
 FIELD = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([\t\x20-\x7e\x80-\xff]*)")
-NOISE = re.compile(rb"(?:Date|Location): [^\r]*\r\n")  # nobody asks; so others are parsed once
+NOISE = re.compile(rb"(?m)^(?:Date|Location): [^\r\n]*\r\n")  # unlike in each answer of nginx
 CHUNK = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?\r\n")
 ODD = re.compile(rb"[\0-\x1f\x7f]|%(?![0-9A-Fa-f]{2})")
 METHODS = ("GET", "HEAD", "PUT", "DELETE", "UNLINK", "REBALANCE")
