@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).resolve().parent
+LOOP = "asyncio_default_fixture_loop_scope"  # an option of pytest-asyncio that wants to be set
 
 
 class Clock:
@@ -43,5 +44,14 @@ if __name__ == "__main__":
     sys.path.insert(0, str(HERE))
     some = [word for word in sys.argv[1:] if Path(word.partition("::")[0]).exists()]
     chapters = [] if some else [str(HERE / "tests")]
-    options = ["-p", "no:cacheprovider", "-rs", "--rootdir", str(HERE), *sys.argv[1:]]
+    options = [
+        "-p",
+        "no:cacheprovider",
+        "-rs",
+        "--rootdir",
+        str(HERE),
+        "-o",
+        f"{LOOP}=function",
+        *sys.argv[1:],
+    ]
     sys.exit(pytest.main([*chapters, *options], plugins=[Clock()]))
