@@ -661,9 +661,9 @@ class Exchange:
         except BROKEN as error:
             self._fail(error)
             raise HTTPError(503, f"{self.url}: {self.error}") from error
-    async def text(self, most: int = 1 << 28) -> bytes:
+    async def text(self, most: int = 1 << 26) -> bytearray:
         """The whole body of the answer; what there is of it, if there is an error or too much."""
-        text = b""
+        text = bytearray()
         with suppress(HTTPError):
             while len(text) < most and (piece := await self.read()):
                 text += piece
