@@ -16,9 +16,10 @@ def check(request: Request, flags: argparse.Namespace) -> None:
     """Let in only who knows a password of MKV_CLIENTS, but for /?health. 401."""
     if (request.path, request.query) == (b"/", b"health"):
         return
-    scheme, _, given = request.fields.get(b"authorization", b"").partition(b" ")
+    scheme, _, proof = request.fields.get(b"authorization", b"").partition(b" ")
+    given = b""
     with suppress(ValueError):
-        given = b64decode(given) if scheme.lower() == b"basic" else b""
+        given = b64decode(proof, validate=True) if scheme.lower() == b"basic" else b""
     clients = os.environ.get("MKV_CLIENTS", flags.userpass).split(",")
     known = [client.encode(errors="surrogateescape") for client in clients if ":" in client]
     right = [hmac.compare_digest(given, client) for client in known]  # in constant time

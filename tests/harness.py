@@ -70,10 +70,16 @@ class Reply:
 
 
 def call(
-    port: int, method: str, path: str, body: Any = None, fields: dict[str, str] | None = None
+    port: int,
+    method: str,
+    path: str,
+    body: Any = None,
+    fields: dict[str, str] | None = None,
+    source: str = "127.0.0.1",
 ) -> Reply:
-    """One request on a connection of its own; redirects are not followed."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    """One request on a connection of its own, from an address of this machine; no redirects."""
+    address = (source, 0)
+    connection = http.client.HTTPConnection("127.0.0.1", port, 60, source_address=address)
     try:
         connection.request(method, path, body=body, headers=fields or {})
         answer = connection.getresponse()
@@ -202,14 +208,6 @@ class Client:
             self.wire.close()
             raise error if isinstance(error, OSError) else ConnectionError(repr(error)) from error
         return Reply(answer.status, {k.lower(): v for k, v in answer.getheaders()}, data)
-
-
-def call_from(source: str, port: int, method: str, path: str, **fields: str) -> int:
-    """The status of a request that comes from another address of this machine."""
-    wire = http.client.HTTPConnection("127.0.0.1", port, timeout=60, source_address=(source, 0))
-    with contextlib.closing(wire):
-        wire.request(method, path, b"new" if method == "PUT" else None, headers=fields)
-        return wire.getresponse().status
 
 
 def quiet_reader(port: int, room: int = 8192) -> socket.socket:
@@ -1014,6 +1012,23 @@ def accepts(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
+@contextlib.contextmanager
+def demo(folder: Path) -> Iterator[subprocess.Popen]:
+    """`mkv.py server` without flags, once it is there; what it says is in the file `out`."""
+    until(lambda: not any(map(accepts, (3000, 3001, 3002, 3003))), 60)
+    out = folder / "out"
+    command = [sys.executable, HERE / "mkv.py", "server"]
+    with out.open("wb") as file:
+        process = subprocess.Popen(command, cwd=folder, stdout=file, stderr=subprocess.STDOUT)
+    try:
+        until(lambda: process.poll() is not None or "?list" in out.read_text())
+        assert process.poll() is None, out.read_text()
+        yield process
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
 def error_of(*args: str | Path, folder: Path, lines: int = 1, **options: Any) -> str:
     """What `mkv.py` says before it ends with exit code 2: one line; of the demo, at most two."""
     command = [sys.executable, options.pop("script", HERE / "mkv.py"), *args]
@@ -1039,16 +1054,6 @@ def foreign_folder() -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder)
-
-
-def run_volume_sh(*args: str | Path, script: Path = HERE / "volume.sh", **env: str) -> str:
-    """What volume.sh says when it does not start: one line."""
-    ended = subprocess.run(
-        [script, *args], env=os.environ | env, capture_output=True, text=True, timeout=20
-    )
-    assert ended.returncode == 2, ended
-    assert ended.stdout == "" and ended.stderr.count("\n") == 1, ended
-    return ended.stderr
 
 
 def listeners(port: int) -> int:
