@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["uvloop", "lmdb>=3,<4", "aiofiles"]
+# dependencies = ["uvloop", "lmdb>=3,<4", "aiofiles", "asyncpg"]
 # ///
 """thrasher: what looks at mkv from outside: load, a benchmark, and a check of what is stored.
 
@@ -440,7 +440,7 @@ class System(NamedTuple):
 
     server: str  # host:port
     pid: int
-    index: Path
+    index: Path | str
     volumes: Volumes
 
 
@@ -498,7 +498,7 @@ def nginxes(folder: Path, count: int, subvolumes: int) -> Iterator[Volumes]:
 
 
 @contextlib.contextmanager
-def serving(index: Path, volumes: Volumes, *flags: object) -> Iterator[System]:
+def serving(index: Path | str, volumes: Volumes, *flags: object) -> Iterator[System]:
     """A server over an index and volumes."""
     port = free_port()
     command = (sys.executable, HERE / "mkv.py", "server", "-bind", "127.0.0.1", "-port", port)
@@ -516,6 +516,83 @@ def system(keys: int = 0, volumes: int = 3, subvolumes: int = 10) -> Iterator[Sy
             output(sys.executable, "-c", FILL, index, keys, ",".join(disks.names))
         with serving(index, disks, "-subvolumes", subvolumes) as mkv:
             yield mkv
+
+
+class Node:
+    """A PostgreSQL that is thrown away, in a folder of the user postgres (or of ours)."""
+
+    def __init__(self, data: Path, port: int, config: str = "", source: "Node | None" = None):
+        """Make and start it; a standby, if there is a source."""
+        self.data, self.port = data, port
+        if source:
+            where = f"host=127.0.0.1 port={source.port} user=mkv application_name=standby"
+            options = ("-R", "-C", "-S", "standby", "-c", "fast", "-N")
+            self.run("pg_basebackup", "-d", where, "-D", data, *options)
+        else:
+            options = ("-A", "trust", "-U", "mkv", "-E", "UTF8", "--locale=C", "--wal-segsize=1")
+            self.run("initdb", "-D", data, "-N", *options)
+        with (data / "postgresql.conf").open("a") as file:
+            file.write(f"port = {port}\nunix_socket_directories = ''\n{config}\n")
+        try:
+            self.start()
+        except BaseException:  # nobody else would end it
+            self.kill()
+            raise
+
+    def run(self, name: str, *words: object) -> str:
+        """What a program of PostgreSQL prints; it does not run as root."""
+        found = sorted(Path("/usr/lib/postgresql").glob("*/bin"))  # Debian's
+        user = ("runuser", "-u", "postgres", "--") if os.geteuid() == 0 else ()
+        command = map(str, [*user, found[-1] / name if found else name, *words])
+        pipe = {"stdout": subprocess.PIPE, "text": True}
+        return subprocess.run(list(command), cwd="/", check=True, **pipe).stdout.strip()
+
+    def start(self) -> None:
+        """Returns when it takes connections."""
+        self.run("pg_ctl", "-D", self.data, "-l", self.data / "log", "-w", "start")
+
+    @property
+    def pid(self) -> int:
+        """The first of its processes; 0: there is none."""
+        with contextlib.suppress(FileNotFoundError):
+            return int((self.data / "postmaster.pid").read_text().split()[0])
+        return 0
+
+    def stop(self) -> None:
+        """End all connections, and it."""
+        self.run("pg_ctl", "-D", self.data, "-m", "fast", "-w", "stop")
+
+    def send(self, number: int) -> None:
+        """A signal to all its processes, the first one first."""
+        for path in list(family(self.pid)):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(path.name), number)
+
+    def kill(self) -> None:
+        """kill -9 of all its processes, frozen ones too."""
+        if self.pid and Path(f"/proc/{self.pid}").exists():
+            self.send(signal.SIGKILL)
+        while not socket.socket().connect_ex(("127.0.0.1", self.port)):
+            time.sleep(0.01)
+        (self.data / "postmaster.pid").unlink(missing_ok=True)
+
+    def sql(self, text: str, url: str = "") -> str:
+        """What psql prints."""
+        return self.run("psql", url or self.url("postgres"), "-XqAtc", text)
+
+    def url(self, database: str) -> str:
+        """For psql, or -db."""
+        return f"postgres://mkv@127.0.0.1:{self.port}/{database}"
+
+
+def synchronous(primary: Node, standby: Node) -> str:
+    """Let a COMMIT wait for the standby: the URL of a database of both."""
+    primary.sql("ALTER SYSTEM SET synchronous_standby_names = 'standby'")
+    primary.sql("SELECT pg_reload_conf()")
+    while primary.sql("SELECT sync_state FROM pg_stat_replication") != "sync":
+        time.sleep(0.01)
+    primary.sql("CREATE DATABASE mkv")
+    return f"postgres://mkv@127.0.0.1:{primary.port},127.0.0.1:{standby.port}/mkv"
 
 
 def family(*pids: int) -> Iterator[Path]:
@@ -755,6 +832,56 @@ def growth_rows(scale: Scale) -> Rows:
     yield name, measured, f"at the start: {stick}", max(later_files / files, later_mib / mib), "1.0"
 
 
+def postgres_rows(scale: Scale) -> Rows:
+    """The index in PostgreSQL, a synchronous pair, compared with LMDB; then a failover."""
+
+    def cost(system: System, *pids: int) -> tuple[float, ...]:
+        """Cycles a second; seconds of CPU that a cycle costs the server, and others."""
+        uvloop.run(thrash([system.server], range(500)))  # makes connections and folders
+        before = time.perf_counter(), cpu(system.pid), cpu(*pids)
+        uvloop.run(thrash([system.server], range(scale.cycles)))
+        after = time.perf_counter(), cpu(system.pid), cpu(*pids)
+        took, *spent = (end - begin for begin, end in zip(before, after, strict=True))
+        return scale.cycles / took, *(seconds / scale.cycles for seconds in spent)
+
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(temporary())
+        home = folder / "postgres"
+        home.mkdir()
+        if os.geteuid() == 0:
+            shutil.chown(home, "postgres")
+        nodes = [Node(home / "a", free_port())]
+        stack.callback(nodes[0].kill)
+        nodes.append(Node(home / "b", free_port(), source=nodes[0]))
+        stack.callback(nodes[1].kill)
+        url, intents = synchronous(*nodes), ("-intents", folder / "intents")
+        volumes = stack.enter_context(nginxes(folder, 3, 10))
+        own = stack.enter_context(serving(folder / "index", volumes))
+        shared = stack.enter_context(serving(url, volumes, *intents))
+        for mkv in (own, shared):
+            uvloop.run(seed(mkv.server))
+        for path in ("missing", "present"):
+            urls = [f"{mkv.server}/{path}" for mkv in (own, shared)]
+            measures = (functools.partial(wrk, scale.seconds, url) for url in urls)
+            stick, rate = medians(scale.rounds, *measures)
+            name, ratio = f"GET of a {path} key, PostgreSQL", rate / stick
+            yield name, f"{rate:,.0f}/s", f"LMDB: {stick:,.0f}/s", ratio, "at least 0.4"
+        (rate, mine, its), (stick, cheap, _) = cost(shared, nodes[0].pid), cost(own)
+        measured = f"{rate:,.0f}/s, {mine * 1000:.2f} + {its * 1000:.2f} ms CPU each"
+        stick_text = f"LMDB: {stick:,.0f}/s, {cheap * 1000:.2f} ms CPU"
+        name = "write/read/delete, server + PostgreSQL"
+        yield name, measured, stick_text, mine / cheap, "at most 1.5"
+
+        began = time.perf_counter()
+        nodes[0].kill()
+        nodes[1].sql("SELECT pg_promote()")
+        promoted = time.perf_counter() - began
+        uvloop.run(Client().ask(shared.server, "PUT", "/after", 201, b"value"))
+        took = time.perf_counter() - began
+        name, stick_text = "failover, kill -9 to the next write", f"promotion: {promoted:.2f} s"
+        yield name, f"{took:.2f} s", stick_text, took / promoted, ""
+
+
 ROWS: dict[str, Callable[[Scale], Rows]] = {
     "get": get_rows,
     "different": different_rows,
@@ -764,8 +891,9 @@ ROWS: dict[str, Callable[[Scale], Rows]] = {
     "keys": keys_rows,
     "command": command_rows,
     "growth": growth_rows,
+    "postgres": postgres_rows,
 }
-NEED_WRK = ("get", "different", "keys")
+NEED_WRK = ("get", "different", "keys", "postgres")
 
 
 def bench(flags: argparse.Namespace) -> None:
@@ -786,6 +914,9 @@ def bench(flags: argparse.Namespace) -> None:
     for name in flags.rows.split(","):
         if name in NEED_WRK and not shutil.which("wrk"):
             print(f"| {name} | wrk is not installed | | | |")
+            continue
+        if name == "postgres" and not list(Path("/usr/lib/postgresql").glob("*/bin/initdb")):
+            print(f"| {name} | PostgreSQL is not installed | | | |")
             continue
         for title, measured, yardstick, ratio, goal in ROWS[name](scale):
             print(f"| {title} | {measured} | {yardstick} | {ratio:.2f} | {goal} |", flush=True)

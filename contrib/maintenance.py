@@ -207,7 +207,7 @@ class Report:
         self.command, self.done = command, 0
         self.found: Counter = Counter()
 
-    def finding(self, finding: str, **what: str) -> None:
+    def finding(self, finding: str, **what: str | int) -> None:
         """Print one."""
         self.found[finding] += 1
         try:
@@ -320,12 +320,19 @@ def adopt(row: Row, found: dict[Replica, int], condemn: bool) -> tuple:
 
 
 async def rebuild(flags: argparse.Namespace, report: Report) -> None:
-    """Take what lies on the volumes into the index, which we have to ourselves."""
+    """Take what lies on the volumes into the index, which we have to ourselves.
+
+    Unless it is shared: then keys that a server may be writing are passed over.
+    """
     store = await load(flags)
-    condemn = sum(await store.index.count()) > 0
+    condemn, young = sum(await store.index.count()) > 0, 0
     async for found in all_files(store, report):
         jobs = {}
         for key, files in found.items():
+            recent = sum(written(file.write_id) > time() - flags.settle for file in files)
+            if flags.shared and recent:
+                young += recent
+                continue
             ranks = {place: rank for rank, place in enumerate(store.ranking(key))}
             order = sorted(files, key=lambda file: ranks.get(file.location, len(ranks)))  # noqa: B023
             jobs[key] = store.index.do(adopt, key, {f: files[f] for f in order}, condemn)
@@ -340,6 +347,8 @@ async def rebuild(flags: argparse.Namespace, report: Report) -> None:
                 finding = "ambiguous" if doubt else "garbage"
                 report.finding(finding, key=text_of(key), location=location, path=path)
         report.done += len(jobs)
+    if young:
+        report.finding("young", files=young, reason="a server may be writing them: run it again")
 
 
 def text_of(key: bytes) -> str:

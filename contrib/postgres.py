@@ -73,8 +73,7 @@ def load(record: str, garbage: str, now: float) -> Row:
 
 def texts(row: Row) -> tuple[str, str]:
     """The inverse."""
-    files = [f"{since:.3f} {'@'.join(file)}" for file, since in row.garbage.items()]
-    return row.record.text().decode(), ",".join(files)
+    return row.record.text().decode(), row.garbage_text().decode()
 
 
 def shift(text: str, seconds: float) -> bytes:
@@ -116,7 +115,7 @@ class Postgres:
         self.group = self.lane(self.change)  # of what is done when all requests are answered, too
         self.reads, self.queries = self.lane(self.read), self.lane(self.query)
         self.looks = Group(self.look)
-        self.commits = self.retries = self.unknown = 0
+        self.commits = self.operations = self.retries = self.unknown = 0
         self.seconds = 0.0  # of all commits
 
     def lane(self, step: Callable, width: int = 1) -> Group:
@@ -180,6 +179,7 @@ class Postgres:
                         answers = await step(wire, jobs)
                     if step == self.change:
                         await self.commit(wire, until)
+                        self.operations += len(jobs)
                     return answers
             except HTTPError:
                 raise

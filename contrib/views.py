@@ -173,9 +173,9 @@ async def metrics(store: Store) -> str:
         "swept_files_total": store.totals["swept_files"],
         "commits_total": index.commits,
         "commit_seconds_total": index.seconds,
-        "commit_retries_total": getattr(index, "retries", 0),
-        "commit_unknown_total": getattr(index, "unknown", 0),
     }
+    known = [name for name in ("operations", "retries", "unknown") if hasattr(index, name)]
+    samples |= {f"commit_{name}_total": getattr(index, name) for name in known}
     samples |= {f'volume_up{{volume="{name}"}}': is_up for name, is_up in up.items()}
     for place in store.refusing:
         refuses = int(store.is_up(place) and not store.takes(place))
@@ -208,6 +208,9 @@ HELPS = {
     "swept_files_total": "Files deleted.",
     "commits_total": "Transactions of the index.",
     "commit_seconds_total": "Time that these took.",
+    "commit_operations_total": "Changes that they made: one for each PUT, DELETE and so on.",
+    "commit_retries_total": "Times that the index was asked again, since it could not be reached.",
+    "commit_unknown_total": "Transactions of which it is not known whether they took effect.",
 }
 
 
