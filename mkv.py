@@ -22,6 +22,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequen
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, nullcontext, suppress
 from email.utils import formatdate
+from errno import EMFILE, ENFILE
 from fcntl import LOCK_EX, LOCK_NB, lockf
 from functools import lru_cache, partial
 from http import HTTPStatus
@@ -251,9 +252,6 @@ class LMDB:
         self.commits, self.seconds = 0, 0.0
         self.id = self.env.begin().get(b"id", os.urandom(16).hex().encode()).decode()
         self.save([(None, b"id", self.id.encode())])
-        with suppress(lmdb.NotFoundError):
-            journal = self.env.open_db(b"journal", create=False)
-            import_module("contrib.first_edition").take_over(self, journal)
     def record(self, key: bytes) -> Record:
         """A key's record, without waiting."""
         return parse_record(self.env.begin().get(key, b"", db=self.keys))
@@ -503,7 +501,7 @@ class Connection(asyncio.StreamReaderProtocol):
                     return self._respond(request, answer, began)
         return super().data_received(data)
     async def _converse(self, reader: asyncio.StreamReader, writer: Any) -> None:
-        self.writer, crowd = writer, self.store.connections
+        self.writer, crowd, empty = writer, self.store.connections, 0
         writer.transport.set_write_buffer_limits(0)  # drain() waits until all is sent
         crowd.add(self)
         if len(crowd) > self.store.most_connections:
@@ -515,7 +513,8 @@ class Connection(asyncio.StreamReaderProtocol):
                 async with asyncio.timeout(IDLE_TIME) as self.idle:
                     first = await reader.readexactly(2)
                 self.idle = None
-                if first != b"\r\n":  # RFC 9112, 2.2
+                empty = empty + 1 if first == b"\r\n" else 0
+                if empty not in range(1, 10):  # RFC 9112, 2.2: some may come before a request
                     await self._serve(first)
                 await asyncio.sleep(0)  # the others' turn
                 if writer.transport.get_write_buffer_size():
@@ -572,12 +571,15 @@ class Volume:
     async def watch(self) -> None:
         """Look twice a second what is there, over a new connection: it may find a frozen worker."""
         while True:
+            await asyncio.sleep(PROBE if self.looks else 0)
             exchange = Exchange(self, "GET", (self.name, "/.drives"), self.timeout)
             await exchange.connect()
             await exchange.write()
             await exchange.answer()
-            text = (await exchange.text()).decode(errors="replace")
+            text = (await exchange.text(PIECE)).decode(errors="replace")
             exchange.close(keep=False)
+            if getattr(exchange.cause, "errno", 0) in (EMFILE, ENFILE):  # our lack tells nothing
+                continue
             said = exchange.error or exchange.status
             self.id, *words = text.split() if said == 200 and text.strip() else [""]
             old = said in (403, 404)  # an older volume.sh: it does not tell, and has all
@@ -588,7 +590,6 @@ class Volume:
             if state != self.state:
                 logging.warning("%s %s", self.name, state or "is up again")
             self.state, self.looks = state, self.looks + 1
-            await asyncio.sleep(PROBE)
 
 class Exchange:
     """A request to a volume, in steps, so that one task can have many under way: reuse() or
@@ -596,7 +597,7 @@ class Exchange:
     def __init__(self, volume: Volume, method: str, place: tuple, patience: float, more: str = ""):
         self.volume, self.method, self.location = volume, method, place[0]
         self.url, self.patience = "".join(place), patience  # seconds without a sign of life
-        self.status, self.error, self.silent, self.length = 0, "", False, None
+        self.status, self.error, self.cause, self.length = 0, "", None, None
         self.reader, self.writer, self.sent = None, None, monotonic()
         fields = f"Host: {volume.name}\r\n{volume.login}" + (more or "Content-Length: 0\r\n")
         self.head = f"{method} {self.url[len(volume.name) :]} HTTP/1.1\r\n{fields}\r\n".encode()
@@ -618,8 +619,8 @@ class Exchange:
         except BROKEN as error:
             self._fail(error)
     def _fail(self, error: BaseException) -> None:  # other connections may be as dead
-        self.status, self.error = 0, str(error) or f"silent for {self.patience:g} s"
-        self.silent = bool(self.writer) and isinstance(error, TimeoutError)
+        self.status, self.cause = 0, error
+        self.error = str(error) or f"silent for {self.patience:g} s"
         idle, self.volume.idle = self.volume.idle, []
         for _, writer in [*idle, (self.reader, self.writer)] if self.writer else idle:
             writer.transport.abort()
@@ -655,8 +656,8 @@ class Exchange:
             self._fail(error)
     async def read(self) -> bytes | bytearray:
         """The next piece of the answer's body; nothing at the end. HTTPError."""
+        require(not self.error, 503, f"{self.url}: {self.error}")
         try:
-            require(not self.error, 503, self.error)
             return await self.body.read()
         except BROKEN as error:
             self._fail(error)
@@ -679,8 +680,7 @@ class Exchange:
 class Volumes:
     """All volumes: which locations are there, which take writes; requests to many at a time."""
     def __init__(self, flags: Any) -> None:
-        self.flags = flags
-        self.all: dict[str, Volume] = {}
+        self.flags, self.all = flags, {}  # name → Volume
         self.drive = lru_cache(4096)(self._drive)  # of a location: its volume, its name there
         self.refusing: dict[str, float] = {}  # location that failed → until when (monotonic)
     def _drive(self, location: str) -> tuple[Volume, str]:  # a new volume is watched from now on
@@ -698,10 +698,11 @@ class Volumes:
         return self.is_up(location) and self.refusing.get(location, 0) < monotonic()
     def _judge(self, exchange: Exchange) -> None:  # leave alone what takes no value, or fails
         place, status, is_put = exchange.location, exchange.status, exchange.method == "PUT"
+        is_silent = exchange.writer and isinstance(exchange.cause, TimeoutError)
         if is_put and status == 201:
             if self.refusing.pop(place, 0):
                 logging.warning("%s takes values again", place)
-        elif exchange.silent or status >= 500 or (is_put and status):
+        elif is_silent or status >= 500 or (is_put and status):
             if place not in self.refusing:
                 logging.warning("%s is left alone: %s", place, exchange.error or status)
             self.refusing[place] = monotonic() + 10 * self.flags.voltimeout
@@ -964,8 +965,7 @@ async def serve(flags: Any) -> None:
     await import_module("contrib.maintenance").free(flags)  # of a rebalance
     store = await load(flags)
     server = await loop.create_server(lambda: Connection(store), sock=listener, backlog=4096)
-    url = f"http://{flags.bind}:{flags.port}"
-    print(f"mkv is at {url}, its index in {flags.db}{flags.hint}", flush=True)
+    print(f"mkv is at {flags.bind}:{flags.port}, its index in {flags.db}{flags.hint}", flush=True)
     ends = [asyncio.create_task(store.tick()), asyncio.create_task(stop.wait())]
     ended, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
     server.close()

@@ -1,13 +1,18 @@
 """The index of a first edition is taken over, once, at the first start on its folder."""
 
 import logging
-from typing import Any
+
+import lmdb
 
 from mkv import LMDB, HTTPError, parse_record, require
 
 
-def take_over(index: LMDB, journal: Any) -> None:
+def take_over(index: LMDB) -> None:
     """Make its journal garbage: also what its dead were making, where no record names it."""
+    try:
+        journal = index.env.open_db(b"journal", create=False)
+    except lmdb.NotFoundError:
+        return  # it is of the second edition
     changes = []
     with index.env.begin() as txn:
         for key, entry in txn.cursor(journal):

@@ -18,6 +18,7 @@ from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
 from email.utils import formatdate
+from importlib import import_module
 from pathlib import Path
 from time import monotonic, time
 from urllib.parse import quote
@@ -451,10 +452,15 @@ async def free(flags: argparse.Namespace) -> None:
 
 
 async def check_start(store: Store, volumes: Sequence[Volume]) -> None:
-    """A volume of two names would be two replicas of a key: HTTPError. A lost index: a warning."""
+    """A volume of two names would be two replicas of a key: HTTPError. A lost index: a warning.
+
+    The index of a first edition is taken over.
+    """
     ids = Counter(volume.id for volume in volumes if volume.id)
     twice = [volume.name for volume in volumes if ids[volume.id] > 1]
     require(not twice, 400, f"these are names of one volume: {', '.join(twice)}")
+    if store.index.immediate:
+        import_module("contrib.first_edition").take_over(store.index)
     if store.flags.command == "server" and not sum(await store.index.count()):
         looks = 0
         async for found in all_files(store, Silence("start")):

@@ -1,8 +1,3 @@
-#!/usr/bin/env python3
-# /// script
-# requires-python = ">=3.11"
-# dependencies = ["uvloop", "lmdb>=3,<4", "pytest", "pytest-asyncio"]
-# ///
 """What the tests of mkv have in common: clients, volumes, servers, clusters and helpers."""
 # ruff: noqa: F401 (the tests have their imports from here)
 
@@ -52,6 +47,7 @@ sys.path.insert(0, str(HERE))
 import mkv  # noqa: E402
 
 MB = 1 << 20
+LANE = int(os.environ.get("LANE", 0))  # tests that run at the same time take other ports
 WRITE_ID = "6b0108907bf79949"
 CLOSE = "Connection: close\r\n"
 CHUNKED = "Transfer-Encoding: chunked\r\n"
@@ -226,7 +222,7 @@ def free_ports(count: int) -> list[int]:
     """Ports that nobody listens on, and that no connection going out gets by chance."""
     ports: set[int] = set()
     while len(ports) < count:
-        port = random.SystemRandom().randrange(10_000, 32_000)
+        port = random.SystemRandom().randrange(10_000 + LANE, 32_000, 2)
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(("127.0.0.1", port))

@@ -185,6 +185,7 @@ def test_prometheus_gets_the_numbers_that_its_rules_are_about(folder: Path, tmp_
     (tmp_path / "prometheus.yml").write_text(more + scrape)
     bash("promtool check config prometheus.yml && promtool check rules rules.yml", tmp_path)
     wanted = set(re.findall(r"\bmkv_\w+", rules)) - {"mkv_location_refuses_writes"}  # none has
+    bash(f"{sys.executable} {HERE}/mkv.py rebalance", folder)
     (port,) = free_ports(1)
     command = "prometheus --config.file=prometheus.yml --storage.tsdb.path=data "
     command += f"--log.level=error --web.listen-address=127.0.0.1:{port}"
@@ -376,6 +377,28 @@ def test_a_page_elsewhere_uses_the_store_through_the_nginx_in_front(stage: Stage
     assert "Location" not in got and "Key-Volumes" not in got
     for said in (asked, refused, got):
         assert said.count("Access-Control-Allow-Origin: *") == 1
+
+
+PAGE = """<body><script>(async () => {
+const url = "https://store.example:PORT/page", who = {Authorization: "Basic " + btoa("anna:WORD")}
+const put = await fetch(url, {method: "PUT", body: "from a browser", headers: who})
+const got = await fetch(url, {headers: {...who, Range: "bytes=5-"}})
+const text = await got.text()
+const gone = await fetch(url, {method: "DELETE", headers: who})
+document.body.textContent = [put.status, got.status, text, gone.status].join(" ")
+})()</script>"""
+
+
+def test_a_browser_lets_a_page_elsewhere_use_the_store(stage: Stage) -> None:
+    needs("chromium")
+    word = (stage.folder / "etc/mkv/anna").read_text().strip()
+    page = stage.folder / "page.html"
+    page.write_text(PAGE.replace("PORT", str(stage.front)).replace("WORD", word))
+    flags = "--headless --no-sandbox --ignore-certificate-errors --virtual-time-budget=20000"
+    command = [*f"chromium {flags} --user-data-dir={stage.folder}/chromium --dump-dom".split()]
+    command += ["--host-resolver-rules=MAP store.example 127.0.0.1", page.as_uri()]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
+    assert "<body>201 206 a browser 204</body>" in shown.replace("\n", ""), shown
 
 
 def test_a_backup_is_restored_and_what_was_written_since_is_taken_in(stage: Stage) -> None:
