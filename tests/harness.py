@@ -861,8 +861,10 @@ class Fake(http.server.ThreadingHTTPServer):
     """A volume without drives, in memory. A test may spoil what it does.
 
     `before(method, path)` is called before each answer, but not to the prober, and may block;
+    `says` has what it answers to a method instead of doing it, 0 is nothing;
     `given(value)` makes of a stored value what a GET gets; `log` has (time, method, path).
-    `knows_drives` is whether it answers the prober, as older volumes do not.
+    `knows_drives` is whether it answers the prober, as older volumes do not; `drives` is what it
+    says then. Its answers have `fields` as well, and after each come `more` bytes, unasked.
     """
 
     daemon_threads, request_queue_size = True, 100
@@ -874,7 +876,10 @@ class Fake(http.server.ThreadingHTTPServer):
         self.log: list[tuple[float, str, str]] = []
         self.before: Callable[[str, str], None] = lambda method, path: None
         self.given: Callable[[bytes], bytes] = lambda value: value
-        self.knows_drives = True
+        self.knows_drives, self.drives = True, "."
+        self.says: dict[str, int] = {}
+        self.fields: dict[str, str] = {}
+        self.more = b""
         threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
 
     def handle_error(self, *_: object) -> None:
@@ -889,6 +894,7 @@ class FakeHandler(http.server.BaseHTTPRequestHandler):
     """One connection to a fake volume."""
 
     protocol_version, disable_nagle_algorithm = "HTTP/1.1", True
+    wbufsize = 1 << 16  # an answer is one piece
     server: Fake
 
     def log_message(self, *_: object) -> None:
@@ -912,19 +918,25 @@ class FakeHandler(http.server.BaseHTTPRequestHandler):
         self.send_response(status)
         if status != 204:
             self.send_header("Content-Length", str(len(value)))
+        for name, text in self.server.fields.items():
+            self.send_header(name, text)
         self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(value)
+        self.wfile.write((b"" if self.command == "HEAD" else value) + self.server.more)
 
     def answer(self) -> None:
         """Do what a volume does."""
         if self.path == "/.drives":
             name = hashlib.md5(self.server.name.encode()).hexdigest()
             known = self.server.knows_drives
-            return self.reply(200, f"{name} .\n".encode()) if known else self.reply(403)
+            text = f"{name} {self.server.drives}\n".encode()
+            return self.reply(200, text) if known else self.reply(403)
         value = self.body()
         self.server.log.append((time.monotonic(), self.command, self.path))
         self.server.before(self.command, self.path)
+        if (status := self.server.says.get(self.command)) == 0:
+            raise ConnectionError
+        if status:
+            return self.reply(status)
         if self.command == "PUT":
             self.server.stored[self.path] = value
             return self.reply(201)
