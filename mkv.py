@@ -965,7 +965,7 @@ async def serve(flags: Any) -> None:
     await import_module("contrib.maintenance").free(flags)  # of a rebalance
     store = await load(flags)
     server = await loop.create_server(lambda: Connection(store), sock=listener, backlog=4096)
-    print(f"mkv is at {flags.bind}:{flags.port}, its index in {flags.db}{flags.hint}", flush=True)
+    print(f"mkv is at http://{flags.bind}:{flags.port}, index in {flags.db}{flags.hint}", flush=True)
     ends = [asyncio.create_task(store.tick()), asyncio.create_task(stop.wait())]
     ended, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
     server.close()

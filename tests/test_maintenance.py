@@ -91,7 +91,7 @@ def run(system: Cluster, line: str, *flags: object, status: int = 0, **options: 
     """A command from start to end; it sums up what it did. No server runs beside a rebuild."""
     stopped = line == "rebuild" and system.server.running() and system.server.stop() == 0
     done = ended(begin(line, *flags_for(system, line), *flags, **options), status)
-    assert re.search(rf"^{line.split()[0]}[^:]*: \d+ keys", done.said, re.M), done
+    assert re.search(rf"^{line.split()[0]}\b.*\d keys", done.said, re.M), done
     if stopped:
         system.server.start()
     return done
