@@ -364,6 +364,7 @@ NOISE = re.compile(rb"(?m)^(?:Date|Location): [^\r\n]*\r\n")  # unlike in each a
 CHUNK = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?\r\n")
 ODD = re.compile(rb"[\0-\x1f\x7f]|%(?![0-9A-Fa-f]{2})")
 METHODS = ("GET", "HEAD", "PUT", "DELETE", "UNLINK", "REBALANCE")
+ALLOW = f"Allow: {', '.join(METHODS)}\r\n"
 AT_ONCE = nullcontext()  # a time limit for what has come already: none, which costs less
 TEXT, END = "Content-Type: text/plain; charset=utf-8\r\n", b"\r\n\r\n"
 ERRORS = (TimeoutError, 408, "too slow"), (asyncio.LimitOverrunError, 431, "too long a line")
@@ -397,7 +398,6 @@ def parse_fields(text: bytes) -> tuple[dict[bytes, bytes], int | None, bool]:
     options = fields.get(b"connection", b"").lower().translate(None, b" \t").split(b",")
     return fields, int(length) if coding is None else None, b"close" in options
 
-@lru_cache(64)
 def parse_request(head: bytes) -> Request:
     """The request with this head. 400, 405, 414, 431, 501."""
     line = LINE.match(head)
@@ -407,13 +407,13 @@ def parse_request(head: bytes) -> Request:
     new, key = minor == b"1", unquote_to_bytes(path)
     require(not new or b"," not in fields.get(b"host", b","), 400, "no Host, or several")
     require(new or length is not None, 400, "chunked in HTTP/1.0")
-    allow = f"Allow: {', '.join(METHODS)}\r\n"
-    require(method.decode() in METHODS, 405, "no such method", allow)
+    require(method.decode() in METHODS, 405, "no such method", ALLOW)
     require(len(key) <= MAX_KEY, 414, f"a key has at most {MAX_KEY} bytes")
     right = key.decode(errors="ignore").encode() == key and not ODD.search(line[0][:-2])
     require(right, 400, "a key is UTF-8, percent-encoded")
     fields = fields if new else fields | {b"expect": b""}  # RFC 9110, 10.1.1
     return Request(method.decode(), path, query, key, fields, length, close or not new)
+parse_short = lru_cache(1024)(parse_request)  # of those that clients send again and again
 
 @lru_cache(256)
 def response(status: int, fields: str = "", body: bytes = b"") -> bytes:
@@ -488,11 +488,11 @@ class Connection(asyncio.StreamReaderProtocol):
         self.idle: asyncio.Timeout | None = None  # runs while no request is under way
         self.last = False  # no other request will be answered
     def data_received(self, data: bytes) -> None:
-        """A GET that comes alone is answered here, from the index alone."""
-        alone = self.idle and data[:4] == b"GET " and data.find(END) == len(data) - 4 < MAX_HEAD
+        """A short GET that comes alone is answered here, from the index alone."""
+        alone = self.idle and data[:4] == b"GET " and data.find(END) == len(data) - 4 < 1024
         if alone and not at_hand(self.reader) and not self.writer.transport.get_write_buffer_size():
             with suppress(HTTPError):  # _converse() will say so
-                began, request = monotonic(), parse_request(data)
+                began, request = monotonic(), parse_short(data)
                 plain = request.query is None and request.length == 0 and not request.close
                 if plain and self.store.at_once and len(request.key) > 1:
                     answer = self.store.get(request, self.store.index.record(request.key))
@@ -965,7 +965,7 @@ async def serve(flags: Any) -> None:
     await import_module("contrib.maintenance").free(flags)  # of a rebalance
     store = await load(flags)
     server = await loop.create_server(lambda: Connection(store), sock=listener, backlog=4096)
-    print(f"mkv is at http://{flags.bind}:{flags.port}, index in {flags.db}{flags.hint}", flush=True)
+    print(f"mkv is at http://{flags.bind}:{flags.port}, index: {flags.db}{flags.hint}", flush=True)
     ends = [asyncio.create_task(store.tick()), asyncio.create_task(stop.wait())]
     ended, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
     server.close()

@@ -694,21 +694,6 @@ def open_files(pid: int) -> int:
     return len(list(Path(f"/proc/{pid}/fd").iterdir()))
 
 
-def links(pid: int) -> set[str]:
-    """What a process has open."""
-    found = set()
-    for file in Path(f"/proc/{pid}/fd").iterdir():
-        with contextlib.suppress(FileNotFoundError):
-            found.add(str(file.readlink()))
-    return found
-
-
-def cpu(server: Server) -> float:
-    """Seconds of CPU time that a server has used."""
-    fields = Path(f"/proc/{server.process.pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
 def anonymous_memory(pid: int) -> int:
     """Resident bytes that are not pages of a file: LMDB's map does not count."""
     return int(Path(f"/proc/{pid}/status").read_text().split("RssAnon:")[1].split()[0]) * 1024
@@ -1062,12 +1047,6 @@ def foreign_folder() -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder)
-
-
-def listeners(port: int) -> int:
-    """How many sockets listen on a port."""
-    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
-    return sum(row[1].endswith(f":{port:04X}") and row[3] == "0A" for row in rows)
 
 
 @contextlib.contextmanager
