@@ -63,7 +63,7 @@ def new_id(seconds: int) -> str:
 
 def written(write_id: str) -> int:
     """Seconds since 1970, from a write id; 0 without one: what minikeyvalue wrote is older."""
-    return int(write_id[:8] or "0", 16)
+    return int("0" + re.match("[0-9a-f]{0,8}", write_id)[0], 16)
 
 @lru_cache(4096)
 def key2path(key: bytes, write_id: str = "") -> str:
@@ -86,7 +86,7 @@ def key2volume(key: bytes, volumes: Sequence[str], replicas: int, subvolumes: in
     """The first `replicas` locations in the key's ranking: by md5(key + volume), highest first."""
     scores = sorted([(md5(key + v.encode()).digest(), v) for v in volumes], reverse=True)
     drive = "/sv{:02X}" if subvolumes > 1 else ""
-    return [v + drive.format(int.from_bytes(md5[12:]) % subvolumes) for md5, v in scores[:replicas]]
+    return [v + drive.format(int.from_bytes(s[12:]) % subvolumes) for s, v in scores[:replicas]]
 # --- record ---------------------------------------------------------------------------------------
 # What the index knows of a key: [DELETED][HASH<32 hex>]<location>,<location>@<id>,…[ <size> <id>]
 # Without size and id it is minikeyvalue's record, byte for byte.
@@ -156,7 +156,7 @@ class Row(NamedTuple):
     def newest(self) -> int:
         """The time of the newest write that is known of, in seconds since 1970; -1: none."""
         return max([-1, *(written(f.write_id) for f in (*self.record.replicas, *self.garbage))])
-    def put(self, record: Record, files: Iterable[Replica] = ()) -> "Row":
+    def with_record(self, record: Record, files: Iterable[Replica] = ()) -> "Row":
         """With another record. What it does not name of the old one, and of `files`, is garbage."""
         lost = dict.fromkeys((*self.record.replicas, *files), self.now) | self.garbage
         return Row(record, {f: t for f, t in lost.items() if f not in record.replicas}, self.now)
@@ -170,23 +170,24 @@ class Row(NamedTuple):
         later = is_copy or written(new.write_id) > self.newest()
         require(later, 409, "a later write of this key is known")
         require(self.garbage.keys().isdisjoint(new.replicas), 503, "a file's name was used twice")
-        return self.put(new, waste), self.record
+        return self.with_record(new, waste), self.record
     def waste(self, files: Sequence[Replica]) -> tuple:
         """Give files up: those that are garbage now, and whether the record names any."""
         lost = [file for file in files if file not in self.record.replicas]
-        return self.put(self.record, lost), (lost, len(lost) < len(files))
+        return self.with_record(self.record, lost), (lost, len(lost) < len(files))
     def remove(self, protect: bool) -> tuple:
         """Forget the value; its files are garbage. The old record. 404, 403."""
         require(self.record.replicas or self.record.error, 404, "no such key")
         require(self.record.deleted or not protect, 403, "protected: UNLINK the key first")
-        return self.put(Record()), self.record
+        return self.with_record(Record()), self.record
     def unlink(self) -> tuple:
         """Hide the value. 404."""
         require(self.record.live, 404, "no such key")
         return self._replace(record=self.record._replace(deleted=True)), None
     def settle(self, gone: Sequence[Replica]) -> tuple:
-        """Strike out garbage that is gone."""
-        return self._replace(garbage={f: t for f, t in self.garbage.items() if f not in gone}), None
+        """Strike out garbage that is gone. What is from when the clock was ahead is of now."""
+        left = {f: min(t, self.now) for f, t in self.garbage.items() if f not in gone}
+        return self._replace(garbage=left), None
 
 def run_operations(rows: dict[bytes, Row], jobs: Sequence[tuple]) -> list[Any]:
     """Run (operation, key, *arguments) in turn on rows: answers, or the HTTPErrors they raise."""
@@ -273,7 +274,7 @@ class LMDB:
                 changes.append((self.keys, key, row.record.text()))
             if row.garbage != old[key].garbage:
                 changes.append((self.garbage, key, row.garbage_text()))
-            changes = changes or [(None, b"id", self.id.encode())]  # so that it is tried
+            changes = changes or [(None, b"id", self.id.encode())]  # /?ready tries a commit
         if changes:
             await asyncio.get_running_loop().run_in_executor(self.thread, self.save, changes)
         return answers
@@ -317,14 +318,14 @@ class Intents:
             sign, name, places = [*line.split(" "), "", ""][:3]
             with suppress(ValueError):
                 path2key(name)
-                require(ours, 400, "it is of another life")
+                require(ours and sign in ("+", "-"), 400, "")  # the warning below tells it
                 made = self.open.pop(name, []) + list(filter(None, places.split(",")))
                 self.open |= {name: made} if sign == "+" else {}
                 continue
             logging.warning("%s: of another life, or no intent: %a", path, line)
         self._rewrite()
     def _rewrite(self) -> None:  # with what is open. OSError
-        new = self.path.with_suffix(".new")
+        new = Path(f"{self.path}.new")
         file = new.open("wb", buffering=0)
         lines = [f"\n+ {path} {','.join(places)}" for path, places in self.open.items()]
         text = f"{self.title} {os.fstat(file.fileno()).st_ino}{''.join(lines)}\n"
@@ -360,12 +361,12 @@ class Intents:
 LINE = re.compile(rb"([A-Z]+) (?:http://[^/?# ]*)?(/[^?# ]*)(?:\?([^# ]*))? HTTP/1\.([01])\r\n")
 STATUS = re.compile(rb"HTTP/1\.[01] ([2-5][0-9][0-9])(?: [\t\x20-\x7e\x80-\xff]*)?\r\n")
 FIELD = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([\t\x20-\x7e\x80-\xff]*)")
-NOISE = re.compile(rb"(?m)^(?:Date|Location): [^\r\n]*\r\n")  # unlike in each answer of nginx
+NOISE = re.compile(rb"(?m)^(?:Date|Location): [^\r\n]*\r\n")  # differ each time: not for a cache
 CHUNK = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?\r\n")
 ODD = re.compile(rb"[\0-\x1f\x7f]|%(?![0-9A-Fa-f]{2})")
 METHODS = ("GET", "HEAD", "PUT", "DELETE", "UNLINK", "REBALANCE")
 ALLOW = f"Allow: {', '.join(METHODS)}\r\n"
-AT_ONCE = nullcontext()  # a time limit for what has come already: none, which costs less
+NO_LIMIT = nullcontext()  # a time limit for what has come already: none, which costs less
 TEXT, END = "Content-Type: text/plain; charset=utf-8\r\n", b"\r\n\r\n"
 ERRORS = (TimeoutError, 408, "too slow"), (asyncio.LimitOverrunError, 431, "too long a line")
 ERRORS += (((EOFError, OSError), 400, "the request ended early"),)
@@ -404,15 +405,15 @@ def parse_request(head: bytes) -> Request:
     require(line, 400, "malformed first line")
     fields, length, close = parse_fields(head[line.end() :])
     method, path, query, minor = line.groups()
-    new, key = minor == b"1", unquote_to_bytes(path)
-    require(not new or b"," not in fields.get(b"host", b","), 400, "no Host, or several")
-    require(new or length is not None, 400, "chunked in HTTP/1.0")
+    http11, key = minor == b"1", unquote_to_bytes(path)
+    require(not http11 or b"," not in fields.get(b"host", b","), 400, "no Host, or several")
+    require(http11 or length is not None, 400, "chunked in HTTP/1.0")
     require(method.decode() in METHODS, 405, "no such method", ALLOW)
     require(len(key) <= MAX_KEY, 414, f"a key has at most {MAX_KEY} bytes")
     right = key.decode(errors="ignore").encode() == key and not ODD.search(line[0][:-2])
     require(right, 400, "a key is UTF-8, percent-encoded")
-    fields = fields if new else fields | {b"expect": b""}  # RFC 9110, 10.1.1
-    return Request(method.decode(), path, query, key, fields, length, close or not new)
+    fields = fields if http11 else fields | {b"expect": b""}  # RFC 9110, 10.1.1
+    return Request(method.decode(), path, query, key, fields, length, close or not http11)
 parse_short = lru_cache(1024)(parse_request)  # of those that clients send again and again
 
 @lru_cache(256)
@@ -448,7 +449,7 @@ class Body:
         if self.ended:
             return b""
         there = at_hand(self.reader) and not self.chunked
-        async with AT_ONCE if there else asyncio.timeout(self.allowed):
+        async with NO_LIMIT if there else asyncio.timeout(self.allowed):
             piece = await (self._gather() if self.chunked else self._part())
         earned = len(piece) / BODY_RATE + began - monotonic()
         self.allowed = min(self.seconds, self.allowed + earned)
@@ -468,9 +469,9 @@ class Body:
                 require(line and end == b"\r\n", 400, "malformed chunk, or one too long")
                 self.begun, self.left = True, int(line[1], 16)
             if not self.left:
-                begin = await self.reader.readexactly(2)
-                if begin != b"\r\n":  # of the trailer
-                    parse_fields(begin + await self.reader.readuntil(END))
+                opening = await self.reader.readexactly(2)
+                if opening != b"\r\n":  # of the trailer
+                    parse_fields(opening + await self.reader.readuntil(END))
                 self.ended = True
                 return piece
             piece += await self._part()
@@ -494,7 +495,7 @@ class Connection(asyncio.StreamReaderProtocol):
             with suppress(HTTPError):  # _converse() will say so
                 began, request = monotonic(), parse_short(data)
                 plain = request.query is None and request.length == 0 and not request.close
-                if plain and self.store.at_once and len(request.key) > 1:
+                if plain and self.store.gets_at_once and len(request.key) > 1:
                     answer = self.store.get(request, self.store.index.record(request.key))
                     if self.idle.when() < began + 0.9 * IDLE_TIME:
                         self.idle.reschedule(began + IDLE_TIME)
@@ -514,7 +515,7 @@ class Connection(asyncio.StreamReaderProtocol):
                     first = await reader.readexactly(2)
                 self.idle = None
                 empty = empty + 1 if first == b"\r\n" else 0
-                if empty not in range(1, 10):  # RFC 9112, 2.2: some may come before a request
+                if not 0 < empty < 10:  # RFC 9112, 2.2: some may come before a request
                     await self._serve(first)
                 await asyncio.sleep(0)  # the others' turn
                 if writer.transport.get_write_buffer_size():
@@ -533,7 +534,7 @@ class Connection(asyncio.StreamReaderProtocol):
         request, began = Request("HEAD" if first == b"HE" else "-"), monotonic()
         body = Body(self.reader, 0, BODY_TIME)
         try:
-            async with AT_ONCE if END in at_hand(self.reader) else asyncio.timeout(HEAD_TIME):
+            async with NO_LIMIT if END in at_hand(self.reader) else asyncio.timeout(HEAD_TIME):
                 request = parse_request(first + await self.reader.readuntil(END))
             waits = request.fields.get(b"expect", b"").lower() == b"100-continue"
             go_on = partial(self.writer.write, response(100)) if waits else None
@@ -585,8 +586,8 @@ class Volume:
             old = said in (403, 404)  # an older volume.sh: it does not tell, and has all
             self.drives = frozenset([".", *words] if words else self.expected if old else ())
             lacking = " ".join(sorted(self.expected - self.drives))
-            state = f"lacks {lacking}" if words and lacking else "" if words else f"is down: {said}"
-            state = "does not tell its drives: start it anew" if old else state
+            silent = "does not tell its drives: start it anew" if old else f"is down: {said}"
+            state = silent if not words else f"lacks {lacking}" if lacking else ""
             if state != self.state:
                 logging.warning("%s %s", self.name, state or "is up again")
             self.state, self.looks = state, self.looks + 1
@@ -617,7 +618,7 @@ class Exchange:
                 wire = asyncio.open_connection(host.strip("[]"), int(port), limit=MAX_HEAD)
                 self.reader, self.writer = await wire
         except BROKEN as error:
-            self._fail(error)
+            self._fail(error if str(error) else OSError("it takes no connection"))
     def _fail(self, error: BaseException) -> None:  # other connections may be as dead
         self.status, self.cause = 0, error
         self.error = str(error) or f"silent for {self.patience:g} s"
@@ -636,7 +637,7 @@ class Exchange:
     async def _wait(self, work: Coroutine, is_there: bool = False) -> Any:  # what it gives, in time
         left = self.sent + self.patience - monotonic()
         try:
-            async with AT_ONCE if is_there else asyncio.timeout(left):
+            async with NO_LIMIT if is_there else asyncio.timeout(left):
                 return await work
         except BROKEN as error:
             self._fail(error)
@@ -650,8 +651,8 @@ class Exchange:
                 require(first, 503, "it speaks no HTTP")
                 fields = NOISE.sub(b"", head[first.end() :])
                 self.fields, self.length, self.last = parse_fields(fields)
-                self.status, none = int(first[1]), self.method == "HEAD" or first[1] == b"204"
-                self.body = Body(self.reader, 0 if none else self.length, self.patience)
+                self.status, bare = int(first[1]), self.method == "HEAD" or first[1] == b"204"
+                self.body = Body(self.reader, 0 if bare else self.length, self.patience)
         except HTTPError as error:
             self._fail(error)
     async def read(self) -> bytes | bytearray:
@@ -694,7 +695,7 @@ class Volumes:
         volume, drive = self.drive(location)
         return drive in volume.drives
     def takes(self, location: str) -> bool:
-        """Whether to PUT there, if only to try again."""
+        """Whether it is up, and has not failed of late: else it gets no PUT."""
         return self.is_up(location) and self.refusing.get(location, 0) < monotonic()
     def _judge(self, exchange: Exchange) -> None:  # leave alone what takes no value, or fails
         place, status, is_put = exchange.location, exchange.status, exchange.method == "PUT"
@@ -715,8 +716,7 @@ class Volumes:
         """Begin requests to many (location, path); those without a connection connect at once."""
         patience = self.flags.voltimeout * (10 if method in ("GET", "PUT") else 1)
         made = [Exchange(self.drive(at[0])[0], method, at, patience, more) for at in places]
-        if new := [exchange.connect() for exchange in made if not exchange.reuse()]:
-            await asyncio.gather(*new)
+        await asyncio.gather(*[exchange.connect() for exchange in made if not exchange.reuse()])
         for exchange in [exchange for exchange in made if exchange.whole]:
             await exchange.write()
         return made
@@ -763,9 +763,10 @@ class Store(Volumes):
         self.index, self.intents, self.draining, self.sweep_due = index, intents, False, 0.0
         self.stale = set(intents.open)  # paths of writes that could not be given up yet
         self.locks = {path2key(path)[0] for path in self.stale}  # keys that are being written
-        self.connections, self.at_once = set(), index.immediate and not flags.basicauth
+        self.connections, self.gets_at_once = set(), index.immediate and not flags.basicauth
         self.most_connections = os.sysconf("SC_OPEN_MAX") // 2  # the other half is for volumes
-        self.ranking = lru_cache(4096)(self._ranking)  # of a key
+        every = {"volumes": flags.volumes, "replicas": len(flags.volumes)}  # a location on each
+        self.ranking = lru_cache(4096)(partial(key2volume, **every, subvolumes=flags.subvolumes))
         self.redirect = lru_cache(4096)(self._redirect)  # (key, record, one of its files) → 302
         self.requests, self.seconds, self.totals = Counter(), Counter(), Counter()  # for metrics
     def note(self, request: Request, status: bytes, seconds: float) -> None:
@@ -795,10 +796,10 @@ class Store(Volumes):
             await self.index.do(Row.unlink, key)
         else:
             old = await self.index.do(Row.remove, key, self.flags.protect)
-            await self.erase([(key, file, 1e9) for file in old.replicas])
+            await self.erase([(key, file, float("inf")) for file in old.replicas])  # PUTs answered
         return response(204)
     def get(self, request: Request, record: Record) -> bytes:
-        """302 to a replica that is there, at random; signed for secure_link. 404; 503: none is."""
+        """302 to a replica that is there, at random; signed for secure_link. 404, 500, 503."""
         require(not record.error, 500, record.error)
         if not record.live:
             other = self.flags.fallback and f"http://{self.flags.fallback}{quote(request.key)}"
@@ -816,8 +817,6 @@ class Store(Volumes):
         fields = f"Location: http://{''.join(file.at(key))}\r\n"
         fields += f"Key-Volumes: {volumes}\r\nKey-Balance: {balance}\r\n"
         return response(302, fields + (f"Content-Md5: {record.hash}\r\n" if record.hash else ""))
-    def _ranking(self, key: bytes) -> list[str]:  # a location on each volume, the best first
-        return key2volume(key, self.flags.volumes, 1 << 20, self.flags.subvolumes)
     async def put(self, request: Request, body: Body) -> bytes:
         """201: `replicas` volumes have it all, and the index on disk names them."""
         key, fields, number = request.key, request.fields, self.flags.replicas
@@ -872,8 +871,8 @@ class Store(Volumes):
             return False
         self.intents.end(path)
         self.stale.discard(path)
-        self.locks.discard(key)
         await self.erase([(key, file, 0) for file in lost])
+        self.locks.discard(key)  # last: what is freed here may be another's by then
         return named
     async def make(self, path: str, places: list, number: int, body: Any, length: Any) -> tuple:
         """Write to the first `number` places, or stand-ins: the files, size, MD5. HTTPError."""
@@ -892,15 +891,16 @@ class Store(Volumes):
         require(len(made) == number, 503, f"not written: {'; '.join(said)}")
         return tuple(Replica(place, write_id) for place in places if place in made), size, digest
     async def erase(self, files: Sequence[tuple[bytes, Replica, float]]) -> None:
-        """Delete files that are garbage for so many seconds, on drives that are there."""
-        gone, settle = defaultdict(list), self.flags.settle
+        """Delete files that are garbage for so many seconds; before `settle` 404 proves nothing."""
+        grace, settle = self.flags.grace, self.flags.settle
+        gone = defaultdict(list, {key: [] for key, _, age in files if age < 0})
         there = [each for each in files if self.is_up(each[1].location)]
         answers = await self.ask("DELETE", [file.at(key) for key, file, _ in there])
         for (key, file, age), answer in zip(there, answers, strict=True):
-            if answer.status == 204 or (answer.status == 404 and age > settle):  # it may yet land
+            if answer.status == 204 or (answer.status == 404 and age > settle):
                 gone[key].append(file)
             else:
-                self.sweep_soon(settle - age if answer.status == 404 else self.flags.grace)
+                self.sweep_soon(settle - age if answer.status == 404 else grace)
         for key, its_files in gone.items():
             self.index.do(Row.settle, key, its_files).cancel()  # it is done; nobody waits for it
             self.totals["swept_files"] += len(its_files)
@@ -915,8 +915,8 @@ class Store(Volumes):
             self.sweep_soon(grace)
         async for rows in self.index.walk(self.index.garbage, b""):
             rows = [(key, *each) for key, text in rows for each in parse_garbage(text).items()]
-            ages = [(key, file, abs(time() - since)) for key, file, since in rows]
-            due = [each for each in ages if each[2] >= grace]  # abs: the clock may have been ahead
+            ages = [(key, file, time() - since) for key, file, since in rows]
+            due = [each for each in ages if not 0 <= each[2] < grace]  # < 0: the clock was ahead
             if len(due) < len(ages):
                 self.sweep_soon(grace)
             for start in range(0, len(due), 64):
@@ -936,13 +936,13 @@ class Store(Volumes):
                     self.sweep_soon(self.flags.grace)
             seen = there
 # --- server ---------------------------------------------------------------------------------------
-# The process. What not every server needs is in contrib/, a file each, loaded when it is asked for.
+# The process. What not every request needs is in contrib/, loaded when it is first asked for.
 async def load(flags: Any) -> Store:
-    """The store: what is known of all volumes, and what another life has left is gone. 503."""
+    """The store: all volumes are looked at, what another life has left is garbage. 400, 503."""
     if flags.shared:
         index = await import_module("contrib.postgres").start(flags)
     else:
-        index = LMDB(Path(flags.db), f"{flags.bind}:{flags.port}")
+        index = LMDB(Path(flags.db), flags.address)
     store = Store(flags, index, Intents(Path(flags.intents), index.id))
     volumes = [store.drive(name)[0] for name in flags.volumes]
     while not all(volume.looks for volume in volumes):
@@ -956,20 +956,20 @@ async def serve(flags: Any) -> None:
     """Serve until a signal comes; then finish what is in hand. OSError, lmdb.Error, HTTPError."""
     loop, stop = asyncio.get_running_loop(), asyncio.Event()
     passed = os.environ.get("LISTEN_PID") == str(os.getpid())  # by systemd
-    kind = socket.AF_INET6 if ":" in flags.bind else socket.AF_INET
-    new = partial(socket.create_server, (flags.bind.strip("[]"), flags.port), family=kind)
+    new = partial(socket.create_server, (flags.bind.strip("[]"), flags.port), family=flags.family)
     listener = socket.socket(fileno=3) if passed else new()
-    flags.port = listener.getsockname()[1]
+    host, flags.port = listener.getsockname()[:2]
+    flags.address = f"[{host}]:{flags.port}" if ":" in host else f"{host}:{flags.port}"
     for number in signal.SIGINT, signal.SIGTERM, signal.SIGHUP:
         loop.add_signal_handler(number, stop.set)
     await import_module("contrib.maintenance").free(flags)  # of a rebalance
     store = await load(flags)
     server = await loop.create_server(lambda: Connection(store), sock=listener, backlog=4096)
-    print(f"mkv is at http://{flags.bind}:{flags.port}, index: {flags.db}{flags.hint}", flush=True)
+    print(f"mkv is at http://{flags.address}, its index in {flags.db}{flags.hint}", flush=True)
     ends = [asyncio.create_task(store.tick()), asyncio.create_task(stop.wait())]
     ended, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
     server.close()
-    store.draining, store.at_once, began = True, False, monotonic()
+    store.draining, store.gets_at_once, began = True, False, monotonic()
     signal.alarm(2 * DRAIN_TIME)  # should it hang: kill -9 does no harm
     while store.connections:
         for each in list(store.connections):  # an idle one may ask once more
@@ -984,7 +984,7 @@ def main() -> None:
     """Run the command."""
     sys.modules.setdefault("mkv", sys.modules["__main__"])  # for contrib
     flags = import_module("contrib.flags").parse_flags()
-    logging.basicConfig(format="%(asctime)s %(message)s", level="DEBUG" if flags.v else "INFO")
+    logging.basicConfig(format="%(asctime)s %(message)s", level="INFO")
     bytes(1 << 24)  # glibc learns to keep, and not to fault in again, the memory of large pieces
     try:
         if flags.command != "server":

@@ -3,13 +3,14 @@
 import argparse
 import os
 import re
+import socket
 
 DEMO = ("127.0.0.1:3001", "127.0.0.1:3002", "127.0.0.1:3003")  # the volumes without -volumes
 COMMANDS = ("server", "rebuild", "rebalance")
 
 
 def duration(text: str) -> float:
-    """Seconds, from 300ms, 1s, 1.5m, 1h, or 0. TypeError."""
+    """Seconds, from 300ms, 1s, 1.5m, 1h, or 0. ArgumentTypeError."""
     match = re.fullmatch(r"([0-9]+\.?[0-9]*)(ms|s|m|h)|0", text)
     if not match:
         raise argparse.ArgumentTypeError(f"{text!r} is no duration: 300ms, 1s, 1m, 1h")
@@ -71,6 +72,7 @@ def parse_flags() -> argparse.Namespace:
     flags.hint = ""  # what the demo says at its start
     flags.demo = flags.command == "server" and flags.volumes is DEMO
     flags.bind = flags.bind or ("127.0.0.1" if flags.volumes is DEMO else "0.0.0.0")
+    flags.family = socket.AF_INET6 if ":" in flags.bind else socket.AF_INET
     if not 1 <= flags.replicas <= len(flags.volumes):
         parser.error(f"-replicas is {flags.replicas}, -volumes has {len(flags.volumes)}")
     for name, most in (("port", 65535), ("subvolumes", 256), ("voltimeout", 3600)):

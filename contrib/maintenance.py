@@ -6,7 +6,6 @@ They may be stopped at any moment, and started again.
 
 import argparse
 import asyncio
-import hashlib
 import json
 import logging
 import os
@@ -38,6 +37,7 @@ from mkv import (
     Volume,
     Volumes,
     load,
+    md5,
     new_id,
     path2key,
     require,
@@ -191,7 +191,7 @@ async def examine(store: Store, key: bytes, record: Record, deep: bool) -> dict[
 
 async def md5_of(store: Store, place: tuple[str, str]) -> str:
     """The MD5 of a file, in hex. SourceError."""
-    digest = hashlib.md5(usedforsecurity=False)
+    digest = md5()
     async with download(store, place) as source:
         while piece := await source.read():
             digest.update(piece)
@@ -273,7 +273,7 @@ def main(flags: argparse.Namespace) -> int:
     open_streams()
     report = Report(f"{flags.command} -deep" if flags.deep else flags.command)
     reports = lock_file(flags, REPORTS)
-    flags.bind, flags.port = f"{OURS}{flags.command}, process", os.getpid()
+    flags.address = f"{OURS}{flags.command}, process {os.getpid()}"
     try:
         uvloop.run(run(flags, report))
     except KeyboardInterrupt:
@@ -316,7 +316,7 @@ def adopt(row: Row, found: dict[Replica, int], condemn: bool) -> tuple:
         both = tuple(dict.fromkeys([*known, *files]))
         record = record._replace(replicas=both, size=max(sizes))
     older = [file for file in fresh if file not in record.replicas]
-    new = row.put(record, older) if condemn and not doubt else row._replace(record=record)
+    new = row.with_record(record, older) if condemn and not doubt else row._replace(record=record)
     return new, (older, doubt)
 
 
@@ -481,6 +481,7 @@ async def bring_home(flags: argparse.Namespace, report: Report) -> None:
             raise
         return await ask_server(flags, server, report)
     wanted = lock_file(flags, WANTED)
+    wanted.unlink(missing_ok=True)  # who wants it says so again
     for mark in (False, True):  # the live ones first
         async for rows in store.index.walk(store.index.keys, b""):
             keys = [key for key, text in rows if text.startswith(b"DELETED") == mark]
@@ -491,9 +492,20 @@ async def bring_home(flags: argparse.Namespace, report: Report) -> None:
                 await asyncio.gather(*(attempt(store, key, flags.deep, report) for key in some))
                 report.done += len(some)
     if (await store.index.count())[1]:  # what was replaced goes when its readers have left
-        await asyncio.sleep(flags.grace)
-        await store.sweep()
+        sweeping = asyncio.create_task(sweep_later(store))
+        while not sweeping.done():
+            if wanted.exists():
+                sweeping.cancel()
+                return await hand_over(store, report)
+            await asyncio.wait([sweeping], timeout=TICK)
+        sweeping.result()
     return None
+
+
+async def sweep_later(store: Store) -> None:
+    """Delete garbage when its readers have left."""
+    await asyncio.sleep(store.flags.grace)
+    await store.sweep()
 
 
 async def hand_over(store: Store, report: Report) -> None:
@@ -539,7 +551,6 @@ async def ask_server(flags: argparse.Namespace, server: str, report: Report) -> 
             exchange.close()
         return answers
 
-    tries: Counter = Counter()
     for query in "list", "unlinked":
         start: str | None = ""
         while start is not None:
@@ -551,6 +562,7 @@ async def ask_server(flags: argparse.Namespace, server: str, report: Report) -> 
             except ValueError as error:
                 raise HTTPError(503, f"{server}: its list was cut short") from error
             start, left = listed["next"] or None, listed["keys"]
+            tries: Counter = Counter()
             while left:
                 keys, left = left[:ASKED], left[ASKED:]
                 paths = [quote(key) + ("?deep" if flags.deep else "") for key in keys]

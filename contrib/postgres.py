@@ -94,12 +94,12 @@ def limit(wire: asyncpg.Connection, seconds: float) -> Iterator[None]:
 
 async def start(flags: Any) -> "Postgres":
     """The index that -db names. No other process has our intents. 503."""
-    lock = take_lock(Path(f"{flags.intents}.lock"), f"{flags.bind}:{flags.port}")
+    lock = take_lock(Path(f"{flags.intents}.lock"), flags.address)
     return await Postgres(flags.db, lock).begin()
 
 
 class Postgres:
-    """The shared index, over five connections at most: a lane has one, that of changes two."""
+    """The shared index, over six connections at most: a lane has one, that of changes two."""
 
     immediate = False  # look() would wait
     keys, garbage = "record", "garbage"  # columns: what walk() takes

@@ -63,11 +63,13 @@ async def listed(store: Store, prefix: bytes, start: bytes, limit: int, what: se
     describe = garbage_of if is_garbage else records_of if "long" in what else names_of
     turn = 8 * TURN if describe is names_of else TURN  # rows, before others have theirs
     comma, following, end = "", "", prefix + b"\xff"  # beyond all keys with it: they are UTF-8
-    yield STREAM
-    yield b'{"garbage": [' if is_garbage else b'{"keys": ['
+    opening = STREAM + (b'{"garbage": [' if is_garbage else b'{"keys": [')
     async for rows in store.index.walk(table, max(prefix, start)):
         found = [row for row in rows if row[0] < end and row[1].startswith(b"DELETED") == mark]
         page = found[:limit]
+        if opening:  # not before the index has answered: it may be 503
+            yield opening
+            opening = b""
         for begin in range(0, len(page), turn):
             items = describe(page[begin : begin + turn])
             if items:
