@@ -39,7 +39,7 @@ import uvloop
 MAX_KEY, MAX_HEAD, MAX_FIELDS = 511, 16384, 100  # bytes: LMDB's limit; twice nginx's; as Apache's
 HEAD_TIME, IDLE_TIME, LINGER_TIME = 10, 75, 5  # seconds: for a head, to the next, for a refusal
 BODY_TIME, BODY_RATE = 60, 1024  # seconds of silence in a body; bytes a second: slower is 408
-PIECE, TURN = 1 << 18, 256  # bytes handed on at once; chunks, files, before others have their turn
+PIECE, TURN = 1 << 18, 256  # bytes handed on at once; chunks, rows, folders between others' turns
 PROBE, TICK, DRAIN_TIME = 0.5, 0.1, 10  # seconds: between looks at a volume; ticks; SIGTERM to end
 md5 = partial(hashlib.md5, usedforsecurity=False)
 
@@ -142,7 +142,7 @@ def parse_garbage(text: bytes) -> dict[Replica, float]:
 class Condition(NamedTuple):
     """What the record must be for a write to take its place: free, or `taken` is the status."""
     taken: int = 403
-    is_move: bool = False  # the write may be a copy, of the time of the original
+    is_move = False  # a move may be a copy, of the time of the original
     md5: str = ""  # in hex, of the value, if it is told
     def check(self, record: Record) -> None:
         """403, 412; others (contrib/) may say 409."""
@@ -438,7 +438,7 @@ def at_hand(reader: asyncio.StreamReader) -> bytearray:
 class Body:
     """The body of a message, piece by piece. What it raises is BROKEN."""
     def __init__(self, reader: Any, length: int | None, seconds: float, ask: Any = None) -> None:
-        self.reader, self.ask, self.ended = reader, ask, length == 0  # asked for: say 100 Continue
+        self.reader, self.ended, self.ask = reader, length == 0, ask  # ask: send 100 Continue, once
         self.left, self.chunked, self.begun = length or 0, length is None, False  # of body or chunk
         self.seconds = self.allowed = seconds  # to wait; BODY_RATE bytes earn one more
     async def read(self) -> bytes | bytearray:
@@ -754,7 +754,7 @@ class Volumes:
 # The verbs, without sockets, LMDB or SQL. An operation of the index decides; all else is work on
 # files, each of which is in the intents, named by a record, or garbage, at any time.
 CONDITIONS = {b"if-match", b"if-none-match", b"if-modified-since", b"if-unmodified-since"}
-CONDITIONS |= {b"content-range", b"content-encoding"}  # none is ignored
+CONDITIONS |= {b"content-range", b"content-encoding"}  # as strict: none is ignored
 
 class Store(Volumes):
     """An index, the volumes, and the flags that say how to use them."""

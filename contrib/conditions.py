@@ -12,7 +12,7 @@ class Match(NamedTuple):
 
     tags: tuple[str, ...]
     md5: str = ""
-    is_move: bool = False
+    is_move = False
 
     def check(self, record: Record) -> None:
         """412."""
