@@ -588,6 +588,32 @@ def test_a_row_that_cannot_be_read_is_reported_and_passed_over(system: Cluster) 
     assert server.get("/z") == b"value"
 
 
+def test_a_replica_whose_id_is_damaged_is_made_anew(system: Cluster) -> None:
+    server = system.server
+    assert server.put("/damaged", b"value") == 201
+    until(system.is_clean)
+    record = system.records()[b"/damaged"]
+    whole, text = record.replicas, record.text()
+    lost = whole[0].location.encode()
+    anew(system, keys=[(b"/damaged", text.replace(lost, lost + b"@600000zz00000000", 1))])
+    assert server.call("GET", "/damaged").status == 302  # perhaps to what is not there
+    assert command(system, "rebalance") == (0, set())
+    assert server.get("/damaged") == b"value"
+    assert server.call("DELETE", "/damaged").status == 204
+    until(lambda: b"damaged" not in server.call("GET", "/?garbage").body)
+    assert server.stop() == 0
+    file = Path(f"{drive_at(system, lost.decode())}{whole[0].at(b'/damaged')[1]}")
+    assert file.exists()  # nothing names it
+    file.unlink()
+    server.start()
+
+
+def test_what_is_from_when_the_clock_was_ahead_is_of_now() -> None:
+    file = mkv.Replica("v:1/sv00", WRITE_ID)
+    row, _ = mkv.Row(EMPTY, {file: 9000.0}, 5000.0).settle(())
+    assert row.garbage == {file: 5000.0}  # only an hour from now on is its 404 a proof
+
+
 def garbage_of(place: str, count: int) -> bytes:
     """So many old files."""
     return garbage_row([mkv.Replica(place, f"{n:08x}00000000") for n in range(count)], 1.0)

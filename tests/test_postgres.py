@@ -535,7 +535,15 @@ def test_an_index_that_is_away(many: Callable, node: Node, url: str, tmp_path: P
     until(system.open_intents)
     node.kill()
     upload.send(b"67890")
-    asked = ["GET /k", "DELETE /k", "REBALANCE /k", "UNLINK /k", "GET /?health", "GET /?ready"]
+    asked = [
+        "GET /k",
+        "DELETE /k",
+        "REBALANCE /k",
+        "UNLINK /k",
+        "GET /?health",
+        "GET /?ready",
+        "GET /?list",
+    ]
     calls = [partial(server.call, *each.split()) for each in asked]
     calls += [upload.answer, partial(server.metric, "mkv_keys")]
     calls.append(
