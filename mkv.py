@@ -27,7 +27,7 @@ from fcntl import LOCK_EX, LOCK_NB, lockf
 from functools import lru_cache, partial
 from http import HTTPStatus
 from importlib import import_module
-from itertools import islice
+from itertools import chain, islice, repeat
 from pathlib import Path
 from time import monotonic, time
 from typing import Any, NamedTuple
@@ -90,7 +90,7 @@ def key2volume(key: bytes, volumes: Sequence[str], replicas: int, subvolumes: in
 # --- record ---------------------------------------------------------------------------------------
 # What the index knows of a key: [DELETED][HASH<32 hex>]<location>,<location>@<id>,…[ <size> <id>]
 # Without size and id it is minikeyvalue's record, byte for byte.
-RECORD = re.compile(r"(DELETED)?(?:HASH([0-9a-f]{32}))?([^ ]+)(?: ([0-9]+)(?: ([0-9a-f]{16}))?)?")
+RECORD = r"(DELETED)?(?:HASH([0-9a-f]{32}))?([^\0- ]+)(?: ([0-9]{1,18})(?: ([0-9a-f]{16}))?)?"
 
 class Replica(NamedTuple):
     """One file of a key."""
@@ -119,7 +119,7 @@ class Record(NamedTuple):
 @lru_cache(4096)
 def parse_record(text: bytes) -> Record:
     """The record that has this text."""
-    match = RECORD.fullmatch(text.decode(errors="replace"))
+    match = re.fullmatch(RECORD, text.decode(errors="replace"))
     if not match:
         return Record(error=f"the index has no record here: {text[:200]!r}" if text else "")
     deleted, digest, files, size, write_id = match.groups("")
@@ -178,7 +178,7 @@ class Row(NamedTuple):
     def remove(self, protect: bool) -> tuple:
         """Forget the value; its files are garbage. The old record. 404, 403."""
         require(self.record.replicas or self.record.error, 404, "no such key")
-        require(self.record.deleted or not protect, 403, "protected: UNLINK the key first")
+        require(self.record.deleted or self.record.error or not protect, 403, "UNLINK it first")
         return self.with_record(Record()), self.record
     def unlink(self) -> tuple:
         """Hide the value. 404."""
@@ -289,11 +289,11 @@ class LMDB:
         except lmdb.Error as error:
             raise HTTPError(503, f"the index cannot be written: {error}") from error
         self.commits, self.seconds = self.commits + 1, self.seconds + monotonic() - began
-    async def walk(self, table: Any, start: bytes) -> AsyncIterator[list[tuple[bytes, bytes]]]:
+    async def walk(self, table: Any, start: bytes, most: int = 2000) -> AsyncIterator[list[tuple]]:
         """Rows of `keys` or `garbage` from `start` on, in batches; no transaction outlasts one."""
         while start is not None:
             with self.env.begin(table) as txn, txn.cursor() as cursor:
-                rows = list(islice(cursor.iternext(), 2000)) if cursor.set_range(start) else []
+                rows = list(islice(cursor.iternext(), most)) if cursor.set_range(start) else []
             yield rows
             start = rows[-1][0] + b"\0" if rows else None
     async def count(self) -> tuple[int, int]:
@@ -487,13 +487,13 @@ class Connection(asyncio.StreamReaderProtocol):
         self.reader, self.store = asyncio.StreamReader(MAX_HEAD), store
         super().__init__(self.reader, self._converse)
         self.idle: asyncio.Timeout | None = None  # runs while no request is under way
-        self.last = False  # no other request will be answered
+        self.last, self.empty = False, 0  # is it the last request? empty lines before one
     def data_received(self, data: bytes) -> None:
         """A short GET that comes alone is answered here, from the index alone."""
         alone = self.idle and data[:4] == b"GET " and data.find(END) == len(data) - 4 < 1024
         if alone and not at_hand(self.reader) and not self.writer.transport.get_write_buffer_size():
             with suppress(HTTPError):  # _converse() will say so
-                began, request = monotonic(), parse_short(data)
+                began, request, self.empty = monotonic(), parse_short(data), 0
                 plain = request.query is None and request.length == 0 and not request.close
                 if plain and self.store.gets_at_once and len(request.key) > 1:
                     answer = self.store.get(request, self.store.index.record(request.key))
@@ -502,7 +502,7 @@ class Connection(asyncio.StreamReaderProtocol):
                     return self._respond(request, answer, began)
         return super().data_received(data)
     async def _converse(self, reader: asyncio.StreamReader, writer: Any) -> None:
-        self.writer, crowd, empty = writer, self.store.connections, 0
+        self.writer, crowd = writer, self.store.connections
         writer.transport.set_write_buffer_limits(0)  # drain() waits until all is sent
         crowd.add(self)
         if len(crowd) > self.store.most_connections:
@@ -514,8 +514,8 @@ class Connection(asyncio.StreamReaderProtocol):
                 async with asyncio.timeout(IDLE_TIME) as self.idle:
                     first = await reader.readexactly(2)
                 self.idle = None
-                empty = empty + 1 if first == b"\r\n" else 0
-                if not 0 < empty < 10:  # RFC 9112, 2.2: some may come before a request
+                self.empty = self.empty + 1 if first == b"\r\n" else 0
+                if not 0 < self.empty < 10:  # RFC 9112, 2.2: some may come before a request
                     await self._serve(first)
                 await asyncio.sleep(0)  # the others' turn
                 if writer.transport.get_write_buffer_size():
@@ -566,13 +566,13 @@ class Volume:
         drives = [f"sv{number:02X}" for number in range(flags.subvolumes) if flags.subvolumes > 1]
         self.drives = self.expected = frozenset([".", *drives])  # "." may have older files
         self.name, self.timeout, self.looks, self.state, self.id = name, flags.voltimeout, 0, "", ""
-        self.idle, self.most_idle = [], min(256, os.sysconf("SC_OPEN_MAX") // 16)
+        self.idle, self.most_idle = [], os.sysconf("SC_OPEN_MAX") // 4 // len(flags.volumes)
         basic = b64encode(flags.userpass.encode(errors="surrogateescape")).decode()
         self.login = f"Authorization: Basic {basic}\r\n" if basic else ""
     async def watch(self) -> None:
         """Look twice a second what is there, over a new connection: it may find a frozen worker."""
-        while True:
-            await asyncio.sleep(PROBE if self.looks else 0)
+        for pause in chain((0,), repeat(PROBE)):
+            await asyncio.sleep(pause)
             exchange = Exchange(self, "GET", (self.name, "/.drives"), self.timeout)
             await exchange.connect()
             await exchange.write()
@@ -913,13 +913,13 @@ class Store(Volumes):
         for path in list(self.stale):
             await self.give_up(path)
             self.sweep_soon(grace)
-        async for rows in self.index.walk(self.index.garbage, b""):
+        async for rows in self.index.walk(self.index.garbage, b"", 16):  # rows of 1,000 files
             rows = [(key, *each) for key, text in rows for each in parse_garbage(text).items()]
             ages = [(key, file, time() - since) for key, file, since in rows]
             due = [each for each in ages if not 0 <= each[2] < grace]  # < 0: the clock was ahead
             if len(due) < len(ages):
                 self.sweep_soon(grace)
-            for start in range(0, len(due), 64):
+            for start in range(0, max(1, len(due)), 64):
                 began = monotonic()
                 await self.erase(due[start : start + 64])
                 await asyncio.sleep(4 * (monotonic() - began))

@@ -4,6 +4,7 @@ import argparse
 import os
 import re
 import socket
+from importlib import import_module
 
 DEMO = ("127.0.0.1:3001", "127.0.0.1:3002", "127.0.0.1:3003")  # the volumes without -volumes
 COMMANDS = ("server", "rebuild", "rebalance")
@@ -80,4 +81,6 @@ def parse_flags() -> argparse.Namespace:
             parser.error(f"-{name} is more than 0, and at most {most}")
     if flags.basicauth and ":" not in os.environ.get("MKV_CLIENTS", flags.userpass):
         parser.error("-basicauth wants passwords: MKV_CLIENTS=user:password,…")
+    if flags.secret or flags.basicauth:  # now: later there may be no descriptor left to read it
+        import_module("contrib.security")
     return flags

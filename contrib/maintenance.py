@@ -537,7 +537,8 @@ async def ask_server(flags: argparse.Namespace, server: str, report: Report) -> 
     """Ask a server to bring every key home, some at a time."""
     clients = os.environ.get("MKV_CLIENTS", flags.userpass)
     userpass = clients.split(",")[0]
-    client = Volumes(argparse.Namespace(voltimeout=3600, subvolumes=1, userpass=userpass))
+    flags_for = {"volumes": [server], "voltimeout": 3600, "subvolumes": 1, "userpass": userpass}
+    client = Volumes(argparse.Namespace(**flags_for))
     client.all[server] = Volume(server, client.flags)  # which nobody watches
 
     async def ask(method: str, paths: Iterable[str]) -> list[tuple[Exchange, str]]:

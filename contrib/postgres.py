@@ -35,7 +35,7 @@ except ImportError as missing:
 WORK_TIME, END_TIME = 8, 3  # seconds that a request waits for the index; and to end a failed write
 COMMIT_TIME = 1  # seconds of these that are left for COMMIT, or nothing is begun any more
 STEP_TIME, CONNECT_TIME, PAUSE = 2, 1, 0.1  # seconds for all before COMMIT; a host; between tries
-BATCH, MANY = 2000, 100_000  # rows that are fetched at once; more than these are not counted
+MANY = 100_000  # rows: more than these are not counted
 SETTINGS = {
     "application_name": "mkv",
     "lock_timeout": "1500ms",  # the backend that has the row may be frozen
@@ -150,14 +150,14 @@ class Postgres:
         """A key's row. 503."""
         return await self.reads.do(monotonic() + WORK_TIME, key)
 
-    async def walk(self, table: str, start: bytes) -> AsyncIterator[list[tuple[bytes, bytes]]]:
+    async def walk(self, table: str, start: bytes, most: int = 2000) -> AsyncIterator[list[tuple]]:
         """Rows of `keys` or `garbage` from `start` on, in batches; times are by our clock. 503."""
         more = True
         while more:
-            rows = await self.ask(WALK.format(table), start, BATCH)
+            rows = await self.ask(WALK.format(table), start, most)
             ahead = time() - rows[0][2] if rows and table == self.garbage else 0
             yield [(key, shift(text, ahead) if ahead else text.encode()) for key, text, _ in rows]
-            start, more = rows[-1][0] + b"\0" if rows else b"", len(rows) == BATCH
+            start, more = rows[-1][0] + b"\0" if rows else b"", len(rows) == most
 
     async def count(self) -> tuple[int, int]:
         """Of keys, and of keys that have garbage; about, where they are many. 503."""

@@ -44,7 +44,7 @@ LISTS = ({"list"}, {"list", "long"}, {"unlinked"}, {"unlinked", "long"}, {"garba
 async def view(store: Store, key: bytes, words: dict[str, list[str]]) -> bytes | Pieces:
     """The answer to a query: its words, with their values as latin-1. 400, 503."""
     texts = {"": help_text, "health": health, "ready": ready, "metrics": metrics}
-    word = "".join(words)
+    word = "&".join(words)
     if key == b"/" and word in texts:
         return response(200, TEXT, (await texts[word](store)).encode())
     if key == b"/" and word == "snapshot":
@@ -64,7 +64,8 @@ async def listed(store: Store, prefix: bytes, start: bytes, limit: int, what: se
     turn = 8 * TURN if describe is names_of else TURN  # rows, before others have theirs
     comma, following, end = "", "", prefix + b"\xff"  # beyond all keys with it: they are UTF-8
     opening = STREAM + (b'{"garbage": [' if is_garbage else b'{"keys": [')
-    async for rows in store.index.walk(table, max(prefix, start)):
+    most = 16 if is_garbage else 2000  # rows: one of garbage may have a thousand files
+    async for rows in store.index.walk(table, max(prefix, start), most):
         found = [row for row in rows if row[0] < end and row[1].startswith(b"DELETED") == mark]
         page = found[:limit]
         if opening:  # not before the index has answered: it may be 503

@@ -71,10 +71,10 @@ def call(
     path: str,
     body: Any = None,
     fields: dict[str, str] | None = None,
-    source: str = "127.0.0.1",
+    source: str = "",
 ) -> Reply:
     """One request on a connection of its own, from an address of this machine; no redirects."""
-    address = (source, 0)
+    address = (source, 0) if source else None
     connection = http.client.HTTPConnection("127.0.0.1", port, 60, source_address=address)
     try:
         connection.request(method, path, body=body, headers=fields or {})

@@ -564,14 +564,14 @@ def command(system: Cluster, name: str) -> tuple[int, set[str]]:
 def test_a_row_that_cannot_be_read_is_reported_and_passed_over(system: Cluster) -> None:
     server, bad = system.server, b"\xff\0 no record HASHx"
     assert server.put("/a", b"value") == server.put("/z", b"value") == 201
-    anew(
-        system, keys=[(b"/bad", bad), (b"/b", b"1.5 x")], garbage=[(b"/a", bad), (b"/c", b"1.5 x")]
-    )
+    texts = {"/bad": bad, "/b": b"1.5 x", "/big": b"v:1 " + b"9" * 5000, "/cut": b"v:1\r\nX:1"}
+    keys = [(path.encode(), text) for path, text in texts.items()]
+    anew(system, keys=keys, garbage=[(b"/a", bad), (b"/c", b"1.5 x")])
     for names in (listed(server, "/?list")[0], [item["key"] for item in server.pages("/?list")]):
         assert {"/a", "/z"} <= set(names)
     until(lambda: server.log.read_text().count("cannot be read") >= 2)
-    assert command(system, "rebalance") == (1, {"/bad", "/b"})
-    for path in ("/bad", "/b"):
+    assert command(system, "rebalance") == (1, set(texts))
+    for path in texts:
         assert server.call("GET", path).status == server.put(path, b"x") == 500
         assert server.call("DELETE", path).status == 204
         assert server.put(path, b"x") == 201
@@ -652,9 +652,9 @@ def test_the_sweeper_takes_small_portions_and_pauses_and_leaves_young_garbage_al
         holds(lambda: len(asked()) < 100, 0.3)
         gate.set()
         until(replace, 60)
-        until(lambda: len(asked()) == 301 + len(replaced), 60)
+        until(lambda: len(asked()) >= 301 + len(replaced), 60)
         times, paths = zip(*asked(), strict=True)
-        assert paths.count(lost[0]) == 2
+        assert paths.count(lost[0]) >= 2
         assert all(times[paths.index(path)] - at > 0.9 for path, at in replaced.items())
         assert max(b - a for a, b in itertools.pairwise(times)) > 1.2, "a fifth of the time"
     finally:
