@@ -961,7 +961,7 @@ async def serve(flags: Any) -> None:
     host, flags.port = listener.getsockname()[:2]
     flags.address = f"[{host}]:{flags.port}" if ":" in host else f"{host}:{flags.port}"
     for number in signal.SIGINT, signal.SIGTERM, signal.SIGHUP:
-        loop.add_signal_handler(number, stop.set)
+        loop.add_signal_handler(number, lambda: stop.set() if flags.ready else os._exit(0))
     await import_module("contrib.maintenance").free(flags)  # of a rebalance
     store = await load(flags)
     server = await loop.create_server(lambda: Connection(store), sock=listener, backlog=4096)

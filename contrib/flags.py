@@ -56,8 +56,16 @@ FLAGS = (  # name, type (None: it has no value), default, meaning
 )
 
 
+def fill_streams() -> None:
+    """Put something in the place of streams that are closed: libuv aborts when it gets one."""
+    while (file := os.open(os.devnull, os.O_RDWR)) < 3:
+        pass
+    os.close(file)
+
+
 def parse_flags() -> argparse.Namespace:
     """The command and its flags, checked, with defaults."""
+    fill_streams()
     parser = argparse.ArgumentParser("mkv.py", usage=argparse.SUPPRESS, allow_abbrev=False)
     parser.add_argument("command", choices=COMMANDS)
     for name, kind, default, text in FLAGS:
@@ -70,6 +78,7 @@ def parse_flags() -> argparse.Namespace:
     beside = f"mkv-data/intents-{flags.port}" if flags.shared else f"{flags.db}/intents"
     flags.intents = flags.intents or beside
     flags.secret = os.environ.get("MKV_SECRET", "")
+    flags.ready = False  # until then a signal ends the process at once
     flags.hint = ""  # what the demo says at its start
     flags.demo = flags.command == "server" and flags.volumes is DEMO
     flags.bind = flags.bind or ("127.0.0.1" if flags.volumes is DEMO else "0.0.0.0")

@@ -254,16 +254,20 @@ class Silence(Report):
 def read_reports(path: Path) -> dict[str, dict]:
     """What file() has noted, by command; nothing if there is no such file."""
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
+        noted = json.loads(path.read_text())
+        return {
+            command: {
+                "ended": float(report["ended"]),
+                "found": {finding: int(count) for finding, count in report["found"].items()},
+            }
+            for command, report in noted.items()
+        }
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return {}
 
 
 def open_streams() -> None:
-    """Put something in the place of streams that are closed: libuv aborts when it gets one."""
-    while (file := os.open(os.devnull, os.O_RDWR)) < 3:
-        pass
-    os.close(file)
+    """Put something in the place of streams that are closed."""
     sys.stdout = sys.stdout or Path("/dev/full").open("w")  # noqa: SIM115 (findings are lost)
     sys.stderr = sys.stderr or Path(os.devnull).open("w")  # noqa: SIM115
 
@@ -278,6 +282,10 @@ def main(flags: argparse.Namespace) -> int:
         uvloop.run(run(flags, report))
     except KeyboardInterrupt:
         report.finding("unfinished", reason="interrupted")
+    except Exception:
+        report.found["unfinished"] += 1
+        report.file(reports)
+        raise
     report.file(reports)
     return report.status()
 
@@ -359,7 +367,8 @@ def text_of(key: bytes) -> str:
 
 async def all_files(store: Store, report: Report) -> AsyncIterator[dict[bytes, dict[Replica, int]]]:
     """The files on the volumes, with their sizes, by key: all files of a key come together."""
-    folders = {"/": locations(store)}
+    quiet = isinstance(report, Silence)  # a server that starts: it waits for none that is down
+    folders = {"/": [p for p in locations(store) if not quiet or store.is_up(p)]}
     while folders:
         batch, found = [], defaultdict(dict)
         while folders and len(batch) < TURN:
@@ -441,14 +450,37 @@ def holder(flags: argparse.Namespace) -> str:
 
 async def free(flags: argparse.Namespace) -> None:
     """A server wants to start: a rebalance that has the index is asked to let go, and does soon."""
-    wanted, ends = lock_file(flags, WANTED), monotonic() + PATIENCE
-    while holder(flags).startswith(f"{OURS}rebalance") and monotonic() < ends:
-        try:
-            take_lock(lock_file(flags), "").close()  # it has died, or let go
+    began, wanted = monotonic(), lock_file(flags, WANTED)
+    while monotonic() < began + PATIENCE:
+        try:  # kept open while we live: load() takes it again, and a close would lose it
+            flags.lock = take_lock(lock_file(flags), flags.address)
+            break
         except HTTPError:
+            said = holder(flags)
+            new = not said and monotonic() < began + 1  # who has just taken it has yet to say so
+            if not new and not said.startswith(f"{OURS}rebalance"):
+                break
             wanted.touch()
             await asyncio.sleep(TICK)
     wanted.unlink(missing_ok=True)
+
+
+def check_names(volumes: Sequence[Volume]) -> None:
+    """Every volume has one name. HTTPError."""
+    ids = Counter(volume.id for volume in volumes if volume.id)
+    twice = [volume.name for volume in volumes if ids[volume.id] > 1]
+    require(not twice, 400, f"these are names of one volume: {', '.join(twice)}")
+
+
+async def check_late(volumes: Sequence[Volume]) -> None:
+    """The same, once volumes that are down have come up: it ends a server."""
+    try:
+        while not all(volume.id for volume in volumes):
+            await asyncio.sleep(TICK)
+            check_names(volumes)
+    except HTTPError as error:
+        logging.error("%s", error)
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 async def check_start(store: Store, volumes: Sequence[Volume]) -> None:
@@ -456,9 +488,9 @@ async def check_start(store: Store, volumes: Sequence[Volume]) -> None:
 
     The index of a first edition is taken over.
     """
-    ids = Counter(volume.id for volume in volumes if volume.id)
-    twice = [volume.name for volume in volumes if ids[volume.id] > 1]
-    require(not twice, 400, f"these are names of one volume: {', '.join(twice)}")
+    check_names(volumes)
+    store.check = asyncio.create_task(check_late(volumes))
+    store.flags.ready = True
     if store.index.immediate:
         import_module("contrib.first_edition").take_over(store.index)
     if store.flags.command == "server" and not sum(await store.index.count()):
@@ -476,6 +508,7 @@ async def bring_home(flags: argparse.Namespace, report: Report) -> None:
     try:
         store = await load(flags)
     except HTTPError as error:
+        await asyncio.sleep(TICK)  # who has just taken it has yet to say so
         server = holder(flags)
         if error.status != 503 or not server or server.startswith(OURS):
             raise
@@ -489,7 +522,9 @@ async def bring_home(flags: argparse.Namespace, report: Report) -> None:
                 if wanted.exists():
                     return await hand_over(store, report)
                 some = keys[start : start + ASKED]
-                await asyncio.gather(*(attempt(store, key, flags.deep, report) for key in some))
+                await some_attempts(store, some, flags.deep, report, wanted)
+                if wanted.exists():
+                    return await hand_over(store, report)
                 report.done += len(some)
     if (await store.index.count())[1]:  # what was replaced goes when its readers have left
         sweeping = asyncio.create_task(sweep_later(store))
@@ -519,6 +554,23 @@ async def hand_over(store: Store, report: Report) -> None:
         require(monotonic() < ends, 503, "a server wanted the index, and did not take it")
         await asyncio.sleep(TICK)
     await ask_server(store.flags, holder(store.flags), report)
+
+
+async def some_attempts(
+    store: Store, keys: Sequence[bytes], deep: bool, report: Report, wanted: Path
+) -> None:
+    """Rebalance keys, all at once; what is under way is given up when a server wants the index."""
+    tasks = [asyncio.create_task(attempt(store, key, deep, report)) for key in keys]
+    try:
+        while (await asyncio.wait(tasks, timeout=TICK))[1] and not wanted.exists():
+            pass
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+    for task in tasks:
+        if not task.cancelled():
+            task.result()
 
 
 async def attempt(store: Store, key: bytes, deep: bool, report: Report) -> None:
@@ -569,10 +621,12 @@ async def ask_server(flags: argparse.Namespace, server: str, report: Report) -> 
                 paths = [quote(key) + ("?deep" if flags.deep else "") for key in keys]
                 for key, (exchange, text) in zip(keys, await ask("REBALANCE", paths), strict=True):
                     tries[key] += 1
-                    again = {409: TRIES, 503: 2}.get(exchange.status, 0)  # changed; died
+                    again = {409: TRIES, 503: 2, 0: 2}.get(exchange.status, 0)  # changed; died
                     if tries[key] < again:
                         left.append(key)
-                    elif exchange.status == 204 and exchange.fields[b"key-balance"] != b"balanced":
+                        continue
+                    require(exchange.status, 503, f"{server}: {exchange.error}")
+                    if exchange.status == 204 and exchange.fields[b"key-balance"] != b"balanced":
                         report.finding("unbalanced", key=key)
                     elif exchange.status not in (204, 404):
                         report.finding("failed", key=key, reason=exchange.error or text)
