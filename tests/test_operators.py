@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -377,6 +378,53 @@ def test_a_server_that_cannot_start_says_why_in_one_line(place: Path, row: str) 
     said, flags = row.replace("TAKEN", (place / "port").read_text()).split("|")
     words = f"{ONE} -port {free_ports(1)[0]} {flags}".split()
     assert said.strip() in error_of(*words, folder=place)
+
+
+@contextlib.contextmanager
+def process_of(folder: Path, *flags: str, streams: str = "") -> Iterator[tuple]:
+    """A server that may not be up: its process, its port, and what it says."""
+    folder.mkdir()
+    port, log = *free_ports(1), folder / "log"
+    words = [sys.executable, HERE / "mkv.py", "server", "-port", port, "-db", folder / "index"]
+    line = shlex.join(map(str, [*words, "-bind", "127.0.0.1", *flags]))
+    command = ["bash", "-c", f"exec {line} >>{log} 2>&1 {streams}"]
+    process = subprocess.Popen(command, start_new_session=True)
+    try:
+        yield process, port, log
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_signal_ends_a_server_that_is_not_up_yet_at_once(tmp_path: Path, volume: Volume) -> None:
+    volume.freeze()  # it is waited for
+    flags = ("-volumes", volume.name, "-replicas", "1", "-voltimeout", "60s")
+    with process_of(tmp_path / "down", *flags) as (process, port, _):
+        until(lambda: (tmp_path / "down/index/data.mdb").exists())
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(10) == 0
+    volume.thaw()
+
+
+@pytest.mark.parametrize("streams", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_a_server_needs_no_streams(tmp_path: Path, volume: Volume, streams: str) -> None:
+    flags = ("-volumes", volume.name, "-replicas", "1")
+    with process_of(tmp_path / "mute", *flags, streams=streams) as (process, port, _):
+        until(lambda: accepts(port))
+        assert call(port, "PUT", "/k", b"value").status == 201
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+
+
+def test_two_names_of_a_volume_that_was_down_end_the_server_when_it_is_up(
+    tmp_path: Path, volume: Volume
+) -> None:
+    volume.kill()
+    names = f"{volume.name},localhost:{volume.port}"
+    with process_of(tmp_path / "two", "-volumes", names, "-replicas", "1") as (process, port, log):
+        until(lambda: accepts(port))
+        volume.start()
+        assert process.wait(20) == 0 and "names of one volume" in log.read_text()
 
 
 def test_an_ipv6_address_is_written_as_in_a_url(tmp_path: Path) -> None:
