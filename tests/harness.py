@@ -53,6 +53,30 @@ CLOSE = "Connection: close\r\n"
 CHUNKED = "Transfer-Encoding: chunked\r\n"
 
 
+# --- what a machine may lack ----------------------------------------------------------------------
+
+PATH = os.environ["PATH"] + ":/usr/sbin:/sbin"
+
+
+def has(need: str) -> bool:
+    """Whether this machine has a program, or root, IPv6, postgresql (Debian's; it wants root)."""
+    if need == "root":
+        return os.geteuid() == 0
+    if need == "IPv6":
+        addresses = Path("/proc/net/if_inet6")
+        return addresses.exists() and f"{1:032x}" in addresses.read_text()
+    if need == "postgresql":
+        return has("root") and bool(list(Path("/usr/lib/postgresql").glob("*/bin/initdb")))
+    return bool(shutil.which(need, path=PATH))
+
+
+def needs(*things: str) -> None:
+    """Skip a test, or a chapter, where something is missing. Mounts and traces tell themselves."""
+    for need in things:
+        if not has(need):
+            pytest.skip(f"needs {need}", allow_module_level=True)
+
+
 # --- requests and answers -------------------------------------------------------------------------
 
 
@@ -1071,7 +1095,7 @@ def fresh_workers(volume: Volume) -> None:
     assert call(volume.port, "HEAD", "/").status == 200
 
 
-needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can be others")
+needs_root = pytest.mark.skipif(not has("root"), reason="only root can be others")
 
 
 @pytest.fixture

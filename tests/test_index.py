@@ -312,8 +312,7 @@ def test_operations_that_come_together_share_a_commit_and_are_done_in_turn(syste
 
 def trace(server: Server, file: Path) -> subprocess.Popen:
     """System calls of a server go to a file, until terminate(). Skips where none may see them."""
-    if not shutil.which("strace"):
-        pytest.skip("needs strace")
+    needs("strace")
     calls = "trace=read,write,writev,pwrite64,pwritev,sendto,sendmsg,fsync,fdatasync"
     command = ["strace", "-f", "-yy", "-s", "99999", "-e", calls, "-o", file, "-p"]
     pipe = subprocess.PIPE

@@ -25,7 +25,7 @@ import pytest
 from harness import HERE, MB, Cluster, Fake, Make, Reply, Server, Upload, Volume, Wire
 from harness import accepts, block, call, cluster, demo, descendants, drive_at, ended
 from harness import error_of, fakes, follow, foreign_folder, free_ports, holds, ideal, listed
-from harness import mounts, needs_root, request, shell, stored, until, volume
+from harness import mounts, needs, needs_root, request, shell, stored, until, volume
 from harness import volume_at
 
 SECRET, EVER = "correct.horse.battery/staple+=", 1 << 33
@@ -428,9 +428,7 @@ def test_two_names_of_a_volume_that_was_down_end_the_server_when_it_is_up(
 
 
 def test_an_ipv6_address_is_written_as_in_a_url(tmp_path: Path) -> None:
-    here = Path("/proc/net/if_inet6")
-    if not here.exists() or f"{1:032x}" not in here.read_text():
-        pytest.skip("there is no IPv6")
+    needs("IPv6")
     (port,) = free_ports(1)
     words = f"{ONE} -bind [::1] -port {port} -db index".split()
     command = [sys.executable, HERE / "mkv.py", *words]
@@ -449,8 +447,7 @@ DEMO_PORTS = (3000, 3001, 3002, 3003)
 
 
 def test_the_demo_prints_three_curl_lines_that_work(tmp_path: Path) -> None:
-    if not shutil.which("curl"):
-        pytest.skip("needs curl")
+    needs("curl")
     with demo(tmp_path):
         lines = re.findall("^curl .*$", (tmp_path / "out").read_text(), re.M)
         script = "\n".join(lines).replace("curl", "curl -fsS")

@@ -7,15 +7,14 @@ from functools import partial
 import asyncpg
 from harness import *
 from harness import HERE, Cluster, Make, Server, Upload, accepts, error_of, free_ports, frozen
-from harness import listed, shell, until
+from harness import listed, needs, shell, until
 
 from contrib.conditions import Match
 from contrib.maintenance import adopt
 from contrib.postgres import SETTINGS, Postgres
 from thrasher import Node, synchronous
 
-if not list(Path("/usr/lib/postgresql").glob("*/bin/initdb")) or os.geteuid() != 0:
-    pytest.skip("needs Debian's postgresql, and root", allow_module_level=True)
+needs("postgresql")
 CONFIG = """
 fsync = off  # who is killed is a process, not the machine
 shared_buffers = 16MB

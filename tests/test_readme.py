@@ -24,9 +24,8 @@ from pathlib import Path
 import pytest
 
 from contrib.flags import FLAGS
-from harness import HERE, MB, accepts, blob, call, demo, free_ports, mkv, until
+from harness import HERE, MB, PATH, accepts, blob, call, demo, free_ports, mkv, needs, until
 
-PATH = os.environ["PATH"] + ":/usr/sbin:/sbin"
 README = (HERE / "README.md").read_text()
 
 
@@ -57,13 +56,6 @@ def bash(script: str, folder: Path, **env: str) -> str:
     ended = subprocess.run(command, cwd=folder, env=env, stdout=pipe, text=True, timeout=120)
     assert ended.returncode == 0, script
     return ended.stdout
-
-
-def needs(*tools: str) -> None:
-    """Skip the test where something is not installed."""
-    for tool in tools:
-        if not shutil.which(tool, path=PATH):
-            pytest.skip(f"needs {tool}")
 
 
 # --- its tables -----------------------------------------------------------------------------------
@@ -306,9 +298,7 @@ class Stage:
 @pytest.fixture(scope="module")
 def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
     """Volumes, server and nginx of the README's chapter, and a spare volume."""
-    needs("curl", "openssl", "nginx")
-    if os.geteuid():
-        pytest.skip("it is for root")
+    needs("curl", "openssl", "nginx", "root")
     stage = Stage(tmp_path_factory.mktemp("stage"))
     try:
         stage.run(blocks("Passwords")[0])
