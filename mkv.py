@@ -2,7 +2,7 @@
 # requires-python = ">=3.11"
 # dependencies = ["uvloop", "lmdb>=3,<4", "aiofiles"]
 # ///
-"""mkv: a distributed key-value store for blobs. This file is the system; stock nginx has the bytes.
+"""mkv: a distributed key-value store for blobs. This file is the server; stock nginx has the bytes.
 
 The life of a file: intended (a line in the intents), written, vouched for (a record names it),
 garbage, gone. Only forward, and no name is used twice. All else rests on that.
@@ -307,8 +307,8 @@ class LMDB:
 class Intents:
     """The files that are being made: an append-only file that survives kill -9 of this process.
 
-    "+ path location,…" stands there before a byte goes there, "- path" when the write is over. The
-    first line names index and inode: in a copy they are another life's."""
+    "+ path location,…" stands there before a byte goes there, "- path" when the write is over.
+    The first line names index and inode: in a copy they are another life's."""
     def __init__(self, path: Path, index_id: str) -> None:
         self.path, self.title = path, f"mkv {index_id}"
         self.open: dict[str, list[str]] = {}  # path → locations, of writes that are not over
@@ -919,7 +919,7 @@ class Store(Volumes):
             due = [each for each in ages if not 0 <= each[2] < grace]  # < 0: the clock was ahead
             if len(due) < len(ages):
                 self.sweep_soon(grace)
-            for start in range(0, max(1, len(due)), 64):
+            for start in range(0, max(1, len(due)), 64):  # an empty one gives others their turn
                 began = monotonic()
                 await self.erase(due[start : start + 64])
                 await asyncio.sleep(4 * (monotonic() - began))

@@ -8,8 +8,8 @@
 """The promises of mkv, tested on the real thing: real nginx, sockets, LMDB, PostgreSQL, kill -9.
 
 The chapters are files in tests/. Without arguments all of them run, two at a time; arguments are
-pytest's. Some tests need root, mounts, a second processor, strace, PostgreSQL and so on: they are
-skipped where that is missing, and say so.
+pytest's. All need nginx. Some need root, mounts, strace, PostgreSQL and so on: they are skipped
+where that is missing, and say so.
 """
 
 import os

@@ -132,6 +132,18 @@ def test_a_stream_means_the_same_wherever_it_is_cut(single: Cluster, expected: t
     assert single.server.get("/smuggled") is None
 
 
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+def test_an_empty_line_before_each_of_many_requests_is_no_error(
+    single: Cluster, method: str
+) -> None:
+    with Wire(single.server.port) as wire:
+        for _ in range(15):
+            wire.send(b"\r\n")
+            assert single.server.call("GET", "/?health").status == 200  # by when that was read
+            wire.send(request(method, "/missing"))
+            assert wire.head()[0] == 404
+
+
 @pytest.mark.parametrize("fields", ["", CLOSE, f"X: {'x' * 2000}\r\n", "X: y\r\n z\r\n"])
 @pytest.mark.parametrize("path", ["/there", "/missing", "/%FF", "/", "/?health", "/?list", "/k?x"])
 def test_an_answer_is_the_same_in_all_ways(single: Cluster, path: str, fields: str) -> None:
@@ -470,6 +482,7 @@ def test_the_protocol_with_protect(cluster: Make) -> None:
 
 QUERIES = "/?nonsense /?lists /?list&unlinked /?list&x=1 /?start=/a /?limit=1 /?list&garbage /?long"
 QUERIES += " /a?list&x=1 /?list&limit=x /?list&limit=-1 /?list&start=%FF /?list&start=%zz"
+QUERIES += " /?he&alth /?snap&shot"
 
 
 def test_what_is_no_key_and_no_query_is_400(single: Cluster) -> None:

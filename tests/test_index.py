@@ -613,6 +613,26 @@ def test_what_is_from_when_the_clock_was_ahead_is_of_now() -> None:
     assert row.garbage == {file: 5000.0}  # only an hour from now on is its 404 a proof
 
 
+def test_what_cannot_be_read_can_be_deleted_with_protect_too() -> None:
+    row = mkv.Row(mkv.parse_record(b"no record here"), {}, 5000.0)
+    assert row.record.error and row.remove(True)[0].record == EMPTY
+
+
+def test_rows_of_many_garbage_files_take_little_memory(tmp_path: Path) -> None:
+    (port, dead), rows = free_ports(2), []
+    for number in range(500):  # a thousand files each, on a volume that is down
+        files = [mkv.Replica(f"127.0.0.1:{dead}", f"{n:08x}00000000") for n in range(999)]
+        rows.append((f"/{number}".encode(), garbage_row(files, 1.0 + number)))
+    plant(tmp_path / "index", [], rows)
+    flags = ("-volumes", f"127.0.0.1:{dead}", "-replicas", "1", "-subvolumes", "1")
+    server = Server(tmp_path / "index", port, *flags)
+    try:
+        assert sum(map(len, server.garbage().values())) == 999 * 500
+        assert server.memory() < 200 * MB
+    finally:
+        server.kill()
+
+
 def garbage_of(place: str, count: int) -> bytes:
     """So many old files."""
     return garbage_row([mkv.Replica(place, f"{n:08x}00000000") for n in range(count)], 1.0)
