@@ -13,14 +13,12 @@ import logging
 import os
 import random
 import re
-import signal
-import socket
 import sys
 from base64 import b64decode, b64encode
 from collections import Counter, defaultdict
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, nullcontext, suppress
+from contextlib import asynccontextmanager, suppress
 from email.utils import formatdate
 from errno import EMFILE, ENFILE
 from fcntl import LOCK_EX, LOCK_NB, lockf
@@ -34,13 +32,12 @@ from typing import Any, NamedTuple
 from urllib.parse import parse_qs, quote, unquote_to_bytes
 
 import lmdb
-import uvloop
 
 MAX_KEY, MAX_HEAD, MAX_FIELDS = 511, 16384, 100  # bytes: LMDB's limit; twice nginx's; as Apache's
 HEAD_TIME, IDLE_TIME, LINGER_TIME = 10, 75, 5  # seconds: for a head, to the next, for a refusal
 BODY_TIME, BODY_RATE = 60, 1024  # seconds of silence in a body; bytes a second: slower is 408
 PIECE, TURN = 1 << 18, 256  # bytes handed on at once; chunks, rows, folders between others' turns
-PROBE, TICK, DRAIN_TIME = 0.5, 0.1, 10  # seconds: between looks at a volume; ticks; SIGTERM to end
+PROBE, TICK = 0.5, 0.1  # seconds: between looks at a volume; between ticks
 md5 = partial(hashlib.md5, usedforsecurity=False)
 
 class HTTPError(ValueError):
@@ -206,8 +203,9 @@ def run_operations(rows: dict[bytes, Row], jobs: Sequence[tuple]) -> list[Any]:
 # Only operations write; what they answer is on disk. One process has a folder to itself.
 class Group:
     """Group commit: jobs that come while a batch of them is at work share the next one."""
-    def __init__(self, work: Callable, limit: int = 1) -> None:
+    def __init__(self, work: Callable, limit: int = 1, pause: float = 0) -> None:
         self.work, self.limit = work, limit  # jobs → answers, or HTTPErrors; batches at a time
+        self.pause, self.crowded = pause, False  # seconds for more to come, after a batch of many
         self.jobs, self.running = [], set()
     def do(self, *job: Any) -> asyncio.Future:
         """A future of the job's answer; the job is done even if that is cancelled."""
@@ -218,8 +216,10 @@ class Group:
         return future
     async def _run(self) -> None:  # leaves in the step that finds no jobs: none is overlooked
         while self.jobs:
+            if self.crowded:
+                await asyncio.sleep(self.pause)
             jobs, futures = zip(*self.jobs, strict=True)
-            self.jobs = []
+            self.jobs, self.crowded = [], len(jobs) > 3
             try:
                 answers = await self.work(jobs)
             except Exception as error:  # is everybody's answer
@@ -248,7 +248,7 @@ class LMDB:
         self.folder, self.lock = folder, take_lock(folder / "alive", address)
         self.env = lmdb.open(str(folder), map_size=1 << 40, max_dbs=3)
         self.keys, self.garbage = self.env.open_db(b"keys"), self.env.open_db(b"garbage")
-        self.thread, self.group = ThreadPoolExecutor(1), Group(self._work)
+        self.thread, self.group = ThreadPoolExecutor(1), Group(self._work, pause=0.001)
         self.do = self.group.do  # (operation, key, *arguments): a future of the answer
         self.commits, self.seconds = 0, 0.0
         self.id = self.env.begin().get(b"id", os.urandom(16).hex().encode()).decode()
@@ -256,16 +256,13 @@ class LMDB:
     def record(self, key: bytes) -> Record:
         """A key's record, without waiting."""
         return parse_record(self.env.begin().get(key, b"", db=self.keys))
-    def look(self, key: bytes) -> Row:
-        """A key's row, without waiting."""
+    async def row(self, key: bytes) -> Row:
+        """A key's row."""
         with self.env.begin() as txn:
             texts = txn.get(key, b"", db=self.keys), txn.get(key, b"", db=self.garbage)
         return Row(parse_record(texts[0]), parse_garbage(texts[1]), time())
-    async def row(self, key: bytes) -> Row:
-        """A key's row."""
-        return self.look(key)
     async def _work(self, jobs: Sequence[tuple]) -> list[Any]:  # the answers of operations. 503
-        old = {key: self.look(key) for _, key, *_ in jobs}
+        old = {key: await self.row(key) for _, key, *_ in jobs}
         rows = dict(old)
         answers = run_operations(rows, jobs)
         changes = []
@@ -300,9 +297,6 @@ class LMDB:
         """Of keys, and of keys that have garbage."""
         with self.env.begin() as txn:
             return txn.stat(self.keys)["entries"], txn.stat(self.garbage)["entries"]
-    async def copy(self, descriptor: int) -> None:
-        """Write a consistent copy of the file data.mdb. OSError, lmdb.Error."""
-        await asyncio.to_thread(self.env.copyfd, descriptor, compact=True)
 
 class Intents:
     """The files that are being made: an append-only file that survives kill -9 of this process.
@@ -366,11 +360,8 @@ CHUNK = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?\r\n
 ODD = re.compile(rb"[\0-\x1f\x7f]|%(?![0-9A-Fa-f]{2})")
 METHODS = ("GET", "HEAD", "PUT", "DELETE", "UNLINK", "REBALANCE")
 ALLOW = f"Allow: {', '.join(METHODS)}\r\n"
-NO_LIMIT = nullcontext()  # a time limit for what has come already: none, which costs less
 TEXT, END = "Content-Type: text/plain; charset=utf-8\r\n", b"\r\n\r\n"
-ERRORS = (TimeoutError, 408, "too slow"), (asyncio.LimitOverrunError, 431, "too long a line")
-ERRORS += (((EOFError, OSError), 400, "the request ended early"),)
-BROKEN = (OSError, EOFError, ValueError, OverflowError, RuntimeError, asyncio.LimitOverrunError)
+BROKEN = (OSError, EOFError, ValueError, OverflowError, RuntimeError)  # what a connection raises
 
 class Request(NamedTuple):
     """The head of a request."""
@@ -416,6 +407,13 @@ def parse_request(head: bytes) -> Request:
     return Request(method.decode(), path, query, key, fields, length, close or not http11)
 parse_short = lru_cache(1024)(parse_request)  # of those that clients send again and again
 
+@lru_cache(64)  # volumes say the same again and again
+def parse_answer(head: bytes) -> tuple[int, dict[bytes, bytes], int | None, bool]:
+    """The status of an answer, and its fields as above. 400, 431, 501, 503."""
+    line = STATUS.match(head)
+    require(line, 503, "it speaks no HTTP")
+    return int(line[1]), *parse_fields(head[line.end() :])
+
 @lru_cache(256)
 def response(status: int, fields: str = "", body: bytes = b"") -> bytes:
     """The bytes of an answer; each line of `fields` ends in CR LF."""
@@ -424,21 +422,83 @@ def response(status: int, fields: str = "", body: bytes = b"") -> bytes:
 
 def refusal(error: Exception) -> bytes:
     """The answer that tells of an error."""
-    for kind, status, reason in ERRORS:
-        error = HTTPError(status, reason) if isinstance(error, kind) else error
+    if isinstance(error, TimeoutError):
+        error = HTTPError(408, "too slow")
+    if isinstance(error, (EOFError, OSError)):
+        error = HTTPError(400, "the request ended early")
     if not isinstance(error, HTTPError):
         logging.error("this is a bug", exc_info=error)
         error = HTTPError(500, "this is a bug: see the log")
     return response(error.status, TEXT + error.fields, error.reason.encode() + b"\n")
 
-def at_hand(reader: asyncio.StreamReader) -> bytearray:
-    """What has come, and nobody has read."""
-    return reader._buffer
+class Wire(asyncio.Protocol):
+    """A connection: what has come and nobody has read, and waiting, by one task at a time.
+
+    Deadlines are of monotonic(); what is raised is BROKEN."""
+    def __init__(self) -> None:
+        self.there, self.ended = bytearray(), False  # ended: no more will come
+        self.waiter, self.deadline, self.alarm, self.rings = None, 0.0, None, float("inf")
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        """It begins."""
+        self.transport, self.loop = transport, asyncio.get_running_loop()
+    def data_received(self, data: bytes) -> None:
+        """Keep it; no more comes while there is much."""
+        self.there += data
+        if len(self.there) > MAX_HEAD:
+            self.transport.pause_reading()
+        self.resume_writing()
+    def connection_lost(self, error: Exception | None) -> None:
+        """It is over."""
+        self.ended = True
+        self.resume_writing()
+        if self.alarm:
+            self.alarm.cancel()
+    def resume_writing(self) -> None:
+        """Something has happened: who waits is woken."""
+        if self.waiter and not self.waiter.done():
+            self.waiter.set_result(None)
+    async def _wait(self, deadline: float) -> None:  # until something happens
+        if self.transport.is_closing():
+            raise EOFError("it closed the connection")
+        self.waiter, self.deadline = self.loop.create_future(), deadline
+        if deadline < self.rings:
+            self._ring()
+        await self.waiter
+    def _ring(self) -> None:  # one alarm for many waits: it may ring when its own is long over
+        if self.alarm:
+            self.alarm.cancel()
+        left, self.rings = self.deadline - monotonic(), float("inf")
+        if not self.waiter.done() and left <= 0:
+            self.waiter.set_exception(TimeoutError())
+        elif not self.waiter.done():
+            self.rings, self.alarm = self.deadline, self.loop.call_later(left, self._ring)
+    async def drain(self, deadline: float, most: int = 0) -> None:
+        """Until what was written is sent, but for so many bytes."""
+        while self.transport.get_write_buffer_size() > most:
+            await self._wait(deadline)
+    async def more(self, deadline: float) -> None:
+        """Until more has come."""
+        if self.ended:
+            raise EOFError("it closed the connection")
+        await self._wait(deadline)
+    def take(self, most: int) -> bytearray:
+        """What has come, so many bytes of it at most."""
+        piece = self.there[:most]
+        del self.there[:most]
+        if len(self.there) <= MAX_HEAD:
+            self.transport.resume_reading()
+        return piece
+    async def until(self, end: bytes, deadline: float) -> bytes:
+        """All that comes up to the end of a line or head, with it. 431."""
+        while (found := self.there.find(end, 0, MAX_HEAD)) < 0:
+            require(len(self.there) < MAX_HEAD, 431, "too long a line")
+            await self.more(deadline)
+        return bytes(self.take(found + len(end)))
 
 class Body:
     """The body of a message, piece by piece. What it raises is BROKEN."""
-    def __init__(self, reader: Any, length: int | None, seconds: float, ask: Any = None) -> None:
-        self.reader, self.ended, self.ask = reader, length == 0, ask  # ask: send 100 Continue, once
+    def __init__(self, wire: Wire, length: int | None, seconds: float, ask: Any = None) -> None:
+        self.wire, self.ended, self.ask = wire, length == 0, ask  # ask: send 100 Continue, once
         self.left, self.chunked, self.begun = length or 0, length is None, False  # of body or chunk
         self.seconds = self.allowed = seconds  # to wait; BODY_RATE bytes earn one more
     async def read(self) -> bytes | bytearray:
@@ -448,62 +508,72 @@ class Body:
         self.ask, began = None, monotonic()
         if self.ended:
             return b""
-        there = at_hand(self.reader) and not self.chunked
-        async with NO_LIMIT if there else asyncio.timeout(self.allowed):
-            piece = await (self._gather() if self.chunked else self._part())
+        deadline = began + self.allowed
+        piece = await (self._gather(deadline) if self.chunked else self._part(deadline))
         earned = len(piece) / BODY_RATE + began - monotonic()
         self.allowed = min(self.seconds, self.allowed + earned)
         return piece
-    async def _part(self) -> bytes:  # what has come of the body, or of the chunk; at least a byte
-        piece = await self.reader.read(min(self.left, PIECE))
-        require(piece, 400, "the body ended early")
+    async def _part(self, deadline: float) -> bytearray:  # of the body, or chunk; at least a byte
+        while not self.wire.there:
+            await self.wire.more(deadline)
+        piece = self.wire.take(min(self.left, PIECE))
         self.left -= len(piece)
         self.ended = not self.left and not self.chunked
         return piece
-    async def _gather(self) -> bytearray:  # the chunks that have come: they may be of a byte each
+    async def _gather(self, deadline: float) -> bytearray:  # chunks that have come: perhaps tiny
         piece, turn = bytearray(), 0
         while True:
             if not self.left:  # RFC 9112, 7.1
-                end = await self.reader.readexactly(2) if self.begun else b"\r\n"
-                line = CHUNK.fullmatch(await self.reader.readuntil(b"\r\n"))
-                require(line and end == b"\r\n", 400, "malformed chunk, or one too long")
+                end = await self.wire.until(b"\r\n", deadline) if self.begun else b"\r\n"
+                require(end == b"\r\n", 400, "a chunk is longer than it says")
+                line = CHUNK.fullmatch(await self.wire.until(b"\r\n", deadline))
+                require(line, 400, "malformed chunk")
                 self.begun, self.left = True, int(line[1], 16)
             if not self.left:
-                opening = await self.reader.readexactly(2)
-                if opening != b"\r\n":  # of the trailer
-                    parse_fields(opening + await self.reader.readuntil(END))
+                lines = [await self.wire.until(b"\r\n", deadline)]  # of the trailer
+                while lines[-1] != b"\r\n":
+                    lines.append(await self.wire.until(b"\r\n", deadline))
+                    require(len(lines) <= MAX_FIELDS, 431, "too long a trailer")
+                parse_fields(b"".join(lines))
                 self.ended = True
                 return piece
-            piece += await self._part()
-            if len(piece) >= PIECE or len(at_hand(self.reader)) < (1 if self.left else 5):
+            piece += await self._part(deadline)
+            if len(piece) >= PIECE or len(self.wire.there) < (1 if self.left else 5):
                 return piece  # b"\r\n0\r\n" has 5
             turn += 1
             if turn % TURN == 0:
                 await asyncio.sleep(0)  # the others' turn
 
-class Connection(asyncio.StreamReaderProtocol):
+class Connection(Wire):
     """A client's connection. No task is cancelled: who has left is the end of the body."""
     def __init__(self, store: Any) -> None:
-        self.reader, self.store = asyncio.StreamReader(MAX_HEAD), store
-        super().__init__(self.reader, self._converse)
-        self.idle: asyncio.Timeout | None = None  # runs while no request is under way
+        super().__init__()
+        self.store, self.idle = store, False  # idle: no request is under way
         self.last, self.empty = False, 0  # is it the last request? empty lines before one
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        """A client has come."""
+        super().connection_made(transport)
+        transport.set_write_buffer_limits(0)  # drain() waits until all is sent
+        self.task = asyncio.create_task(self._converse())
+    def eof_received(self) -> bool:
+        """The client asks no more, but may still read."""
+        self.ended = True
+        self.resume_writing()
+        return True
     def data_received(self, data: bytes) -> None:
         """A short GET that comes alone is answered here, from the index alone."""
         alone = self.idle and data[:4] == b"GET " and data.find(END) == len(data) - 4 < 1024
-        if alone and not at_hand(self.reader) and not self.writer.transport.get_write_buffer_size():
+        if alone and not self.there and not self.transport.get_write_buffer_size():
             with suppress(HTTPError):  # _converse() will say so
                 began, request, self.empty = monotonic(), parse_short(data), 0
                 plain = request.query is None and request.length == 0 and not request.close
                 if plain and self.store.gets_at_once and len(request.key) > 1:
                     answer = self.store.get(request, self.store.index.record(request.key))
-                    if self.idle.when() < began + 0.9 * IDLE_TIME:
-                        self.idle.reschedule(began + IDLE_TIME)
+                    self.deadline = began + IDLE_TIME
                     return self._respond(request, answer, began)
         return super().data_received(data)
-    async def _converse(self, reader: asyncio.StreamReader, writer: Any) -> None:
-        self.writer, crowd = writer, self.store.connections
-        writer.transport.set_write_buffer_limits(0)  # drain() waits until all is sent
+    async def _converse(self) -> None:
+        crowd = self.store.connections
         crowd.add(self)
         if len(crowd) > self.store.most_connections:
             self.last = True
@@ -511,34 +581,38 @@ class Connection(asyncio.StreamReaderProtocol):
         with suppress(*BROKEN):  # the client has left, or might as well have
             require(len(crowd) < self.store.most_connections + 32, 503, "there is no room to wait")
             while not self.last:
-                async with asyncio.timeout(IDLE_TIME) as self.idle:
-                    first = await reader.readexactly(2)
-                self.idle = None
-                self.empty = self.empty + 1 if first == b"\r\n" else 0
-                if not 0 < self.empty < 10:  # RFC 9112, 2.2: some may come before a request
-                    await self._serve(first)
-                await asyncio.sleep(0)  # the others' turn
-                if writer.transport.get_write_buffer_size():
-                    async with asyncio.timeout(IDLE_TIME):
-                        await writer.drain()
-            writer.write_eof()  # a close at once would reset the answer away
-            async with asyncio.timeout(LINGER_TIME):
-                while await reader.read(PIECE):
-                    pass
+                await self._next()
+                if self.there:
+                    await asyncio.sleep(0)  # the others' turn
+                await self.drain(monotonic() + IDLE_TIME)
+            self.transport.write_eof()  # a close at once would reset the answer away
+            ends = monotonic() + LINGER_TIME
+            while True:
+                self.take(PIECE)
+                await self.more(ends)
         crowd.discard(self)
         with suppress(*BROKEN):
-            async with asyncio.timeout(IDLE_TIME):
-                await writer.drain()
-        writer.transport.abort()
-    async def _serve(self, first: bytes) -> None:  # answer the request that begins so. BROKEN
-        request, began = Request("HEAD" if first == b"HE" else "-"), monotonic()
-        body = Body(self.reader, 0, BODY_TIME)
+            await self.drain(monotonic() + IDLE_TIME)
+        self.transport.abort()
+    async def _next(self) -> None:  # wait for a request, and answer it. BROKEN
+        self.idle = True
+        while len(self.there) < 2:
+            await self.more(monotonic() + IDLE_TIME)
+        self.idle = False
+        if self.there[:2] == b"\r\n" and self.empty < 10:  # RFC 9112, 2.2
+            self.take(2)
+            self.empty += 1
+        else:
+            self.empty = 0
+            await self._serve()
+    async def _serve(self) -> None:  # answer a request. BROKEN
+        request, began = Request("HEAD" if self.there[:2] == b"HE" else "-"), monotonic()
+        body = Body(self, 0, BODY_TIME)
         try:
-            async with NO_LIMIT if END in at_hand(self.reader) else asyncio.timeout(HEAD_TIME):
-                request = parse_request(first + await self.reader.readuntil(END))
+            request = parse_request(await self.until(END, began + HEAD_TIME))
             waits = request.fields.get(b"expect", b"").lower() == b"100-continue"
-            go_on = partial(self.writer.write, response(100)) if waits else None
-            body = Body(self.reader, request.length, BODY_TIME, go_on)
+            go_on = partial(self.transport.write, response(100)) if waits else None
+            body = Body(self, request.length, BODY_TIME, go_on)
             answer = await self.store.answer(request, body)
             head = answer if isinstance(answer, bytes) else await anext(answer)
         except Exception as error:  # of a client, of ours, or a bug: the answer tells
@@ -548,15 +622,14 @@ class Connection(asyncio.StreamReaderProtocol):
         if isinstance(answer, bytes) or request.method == "HEAD":
             return
         async for piece in answer:
-            self.writer.write(piece)
-            async with asyncio.timeout(IDLE_TIME):
-                await self.writer.drain()
+            self.transport.write(piece)
+            await self.drain(monotonic() + IDLE_TIME)
             await asyncio.sleep(0)  # the others' turn
     def _respond(self, request: Request, answer: bytes, began: float) -> None:
         self.last = self.last or self.store.draining
         if self.last:
             answer = answer.replace(b"\r\n", b"\r\nConnection: close\r\n", 1)
-        self.writer.write(answer[: answer.find(END) + 4] if request.method == "HEAD" else answer)
+        self.transport.write(answer[: answer.find(END) + 4] if request.method == "HEAD" else answer)
         self.store.note(request, answer[9:12], monotonic() - began)
 # --- volumes --------------------------------------------------------------------------------------
 # What nginx holds. A look at each volume, twice a second, says which drives are there.
@@ -594,89 +667,75 @@ class Volume:
 
 class Exchange:
     """A request to a volume, in steps, so that one task can have many under way: reuse() or
-    connect(), write(), answer(), read(), close(). If one fails, `error` says why."""
+    connect(), write(), answer(), text() or the body, close(). If one fails, `error` says why."""
     def __init__(self, volume: Volume, method: str, place: tuple, patience: float, more: str = ""):
         self.volume, self.method, self.location = volume, method, place[0]
         self.url, self.patience = "".join(place), patience  # seconds without a sign of life
         self.status, self.error, self.cause, self.length = 0, "", None, None
-        self.reader, self.writer, self.sent = None, None, monotonic()
+        self.wire, self.sent = None, monotonic()
         fields = f"Host: {volume.name}\r\n{volume.login}" + (more or "Content-Length: 0\r\n")
         self.head = f"{method} {self.url[len(volume.name) :]} HTTP/1.1\r\n{fields}\r\n".encode()
-        self.whole, self.chunked = not more, "chunked" in more  # is all of the body written?
+        self.whole = not more  # is all of the body written?
     def reuse(self) -> bool:
         """Take a kept connection, if there is one that is good."""
-        while self.volume.idle and not self.writer:
-            reader, writer = self.volume.idle.pop()
-            if not at_hand(reader) and not reader.at_eof() and not writer.is_closing():
-                self.reader, self.writer = reader, writer
-        return bool(self.writer)
+        while self.volume.idle and not self.wire:
+            wire = self.volume.idle.pop()
+            if not wire.there and not wire.transport.is_closing():
+                self.wire = wire
+        return bool(self.wire)
     async def connect(self) -> None:
         """Make a connection."""
         host, _, port = self.volume.name.rpartition(":")
         try:
             async with asyncio.timeout(self.volume.timeout):
-                wire = asyncio.open_connection(host.strip("[]"), int(port), limit=MAX_HEAD)
-                self.reader, self.writer = await wire
+                loop = asyncio.get_running_loop()
+                _, self.wire = await loop.create_connection(Wire, host.strip("[]"), int(port))
         except BROKEN as error:
             self._fail(error if str(error) else OSError("it takes no connection"))
     def _fail(self, error: BaseException) -> None:  # other connections may be as dead
         self.status, self.cause = 0, error
         self.error = str(error) or f"silent for {self.patience:g} s"
         idle, self.volume.idle = self.volume.idle, []
-        for _, writer in [*idle, (self.reader, self.writer)] if self.writer else idle:
-            writer.transport.abort()
+        for wire in [*idle, self.wire] if self.wire else idle:
+            wire.transport.abort()
     async def write(self, piece: bytes | bytearray = b"", last: bool = False) -> None:
-        """Write the head, if it has not been, and a piece of the body, an empty one at its end."""
-        if not self.error and not self.writer.is_closing():
-            data = b"%x\r\n" % len(piece), piece, b"\r\n"
-            if self.head or piece or self.chunked:
-                self.writer.writelines((self.head, *data) if self.chunked else (self.head, piece))
-            self.head, self.sent, self.whole = b"", monotonic(), self.whole or last
-            if self.writer.transport.get_write_buffer_size() > PIECE:
-                await self._wait(self.writer.drain())
-    async def _wait(self, work: Coroutine, is_there: bool = False) -> Any:  # what it gives, in time
-        left = self.sent + self.patience - monotonic()
+        """Write the head, if it has not been, and a piece of the body, the last one or not."""
+        if self.error or self.wire.transport.is_closing():
+            return
+        data = (b"%x\r\n" % len(piece), piece, b"\r\n") if piece else ()
+        self.wire.transport.writelines((self.head, *data, b"0\r\n\r\n" if last else b""))
+        self.head, self.sent, self.whole = b"", monotonic(), self.whole or last
         try:
-            async with NO_LIMIT if is_there else asyncio.timeout(left):
-                return await work
+            await self.wire.drain(self.sent + self.patience, PIECE)
         except BROKEN as error:
             self._fail(error)
     async def answer(self) -> None:
         """Read the head of the answer."""
-        if not self.error:
-            head = await self._wait(self.reader.readuntil(END), END in at_hand(self.reader))
+        if self.error:
+            return
         try:
-            if not self.error:
-                first = STATUS.match(head)
-                require(first, 503, "it speaks no HTTP")
-                fields = NOISE.sub(b"", head[first.end() :])
-                self.fields, self.length, self.last = parse_fields(fields)
-                self.status, bare = int(first[1]), self.method == "HEAD" or first[1] == b"204"
-                self.body = Body(self.reader, 0 if bare else self.length, self.patience)
-        except HTTPError as error:
-            self._fail(error)
-    async def read(self) -> bytes | bytearray:
-        """The next piece of the answer's body; nothing at the end. HTTPError."""
-        require(not self.error, 503, f"{self.url}: {self.error}")
-        try:
-            return await self.body.read()
+            head = await self.wire.until(END, self.sent + self.patience)
+            self.status, self.fields, self.length, self.last = parse_answer(NOISE.sub(b"", head))
+            bare = self.method == "HEAD" or self.status == 204
+            self.body = Body(self.wire, 0 if bare else self.length, self.patience)
         except BROKEN as error:
             self._fail(error)
-            raise HTTPError(503, f"{self.url}: {self.error}") from error
     async def text(self, most: int = 1 << 26) -> bytearray:
         """The whole body of the answer; what there is of it, if there is an error or too much."""
         text = bytearray()
-        with suppress(HTTPError):
-            while len(text) < most and (piece := await self.read()):
-                text += piece
+        try:
+            while not self.error and not self.body.ended and len(text) < most:
+                text += await self.body.read()
+        except BROKEN as error:
+            self._fail(error)
         return text
     def close(self, keep: bool = True) -> None:
         """Keep the connection if all is said and read; else cut it: nginx drops half an upload."""
         keep = keep and len(self.volume.idle) < self.volume.most_idle
         if keep and self.status and self.whole and self.body.ended and not self.last:
-            self.volume.idle.append((self.reader, self.writer))
-        elif self.writer:
-            self.writer.transport.abort()
+            self.volume.idle.append(self.wire)
+        elif self.wire:
+            self.wire.transport.abort()
 
 class Volumes:
     """All volumes: which locations are there, which take writes; requests to many at a time."""
@@ -699,7 +758,7 @@ class Volumes:
         return self.is_up(location) and self.refusing.get(location, 0) < monotonic()
     def _judge(self, exchange: Exchange) -> None:  # leave alone what takes no value, or fails
         place, status, is_put = exchange.location, exchange.status, exchange.method == "PUT"
-        is_silent = exchange.writer and isinstance(exchange.cause, TimeoutError)
+        is_silent = exchange.wire and isinstance(exchange.cause, TimeoutError)
         if is_put and status == 201:
             if self.refusing.pop(place, 0):
                 logging.warning("%s takes values again", place)
@@ -707,11 +766,6 @@ class Volumes:
             if place not in self.refusing:
                 logging.warning("%s is left alone: %s", place, exchange.error or status)
             self.refusing[place] = monotonic() + 10 * self.flags.voltimeout
-    def ailments(self) -> str:
-        """What is amiss, in words."""
-        ill = [f"{volume.name} {volume.state}" for volume in self.all.values() if volume.state]
-        ill += [f"{p} is left alone" for p, until in self.refusing.items() if until > monotonic()]
-        return "; ".join(ill) or "nothing is amiss"
     async def open(self, method: str, places: Iterable, more: str = "") -> list[Exchange]:
         """Begin requests to many (location, path); those without a connection connect at once."""
         patience = self.flags.voltimeout * (10 if method in ("GET", "PUT") else 1)
@@ -729,20 +783,21 @@ class Volumes:
             exchange.close()
             self._judge(exchange)
         return exchanges
-    async def upload(self, places: Iterable, body: Any, length: int | None, more: str) -> tuple:
-        """PUT a body to all, in one pass: the exchanges, its size and MD5. HTTPError."""
+    async def upload(self, path: str, places: Iterable[str], body: Any) -> tuple:
+        """PUT a body to many places, in one pass: the exchanges, its size and MD5. HTTPError."""
+        date = formatdate(written(path2key(path)[1]), usegmt=True)
         size, digest, piece = 0, md5(), await body.read()
-        form = "Transfer-Encoding: chunked" if length is None else f"Content-Length: {length}"
-        exchanges = await self.open("PUT", places, f"{more}{form}\r\n")
+        form = f"Date: {date}\r\nTransfer-Encoding: chunked\r\n"
+        exchanges = await self.open("PUT", [(place, path) for place in places], form)
         try:
-            while piece and not (exchanges and all(exchange.error for exchange in exchanges)):
+            while not (exchanges and all(exchange.error for exchange in exchanges)):
                 size += len(piece)
                 digest.update(piece)
                 for exchange in exchanges:  # the slowest sets the pace
-                    await exchange.write(piece)
+                    await exchange.write(piece, last=body.ended)
+                if body.ended:
+                    break
                 piece = await body.read()
-            for exchange in exchanges:
-                await exchange.write(last=True)
             for exchange in exchanges:
                 await exchange.answer()
                 self._judge(exchange)
@@ -830,7 +885,7 @@ class Store(Volumes):
         fit = [place for place in self.ranking(key) if self.takes(place)]
         write_id = new_id(max(int(time()), row.newest() + 1))
         async with self.intended(key, write_id) as path:
-            made, size, digest = await self.make(path, fit, number, body, request.length)
+            made, size, digest = await self.make(path, fit, number, body)
             self.totals["received_bytes"] += size
             require(size, 411, "a value has at least one byte")
             require(condition.md5 in ("", digest.hex()), 400, f"the MD5 is {digest.hex()}")
@@ -874,15 +929,14 @@ class Store(Volumes):
         await self.erase([(key, file, 0) for file in lost])
         self.locks.discard(key)  # last: what is freed here may be another's by then
         return named
-    async def make(self, path: str, places: list, number: int, body: Any, length: Any) -> tuple:
+    async def make(self, path: str, places: list, number: int, body: Any) -> tuple:
         """Write to the first `number` places, or stand-ins: the files, size, MD5. HTTPError."""
         key, write_id = path2key(path)
         if len(places) < number:
-            raise HTTPError(503, f"{len(places)} of {number} volumes work: {self.ailments()}")
-        date = f"Date: {formatdate(written(write_id), usegmt=True)}\r\n"
+            ailments = import_module("contrib.maintenance").ailments(self)
+            raise HTTPError(503, f"{len(places)} of {number} volumes work: {ailments}")
         self.intents.begin(path, places[:number])
-        first = [(place, path) for place in places[:number]]
-        tries, size, digest = await self.upload(first, body, length, date)
+        tries, size, digest = await self.upload(path, places[:number], body)
         made = [each.location for each in tries if each.status == 201]
         if 0 < len(made) < number:
             stand_in = import_module("contrib.maintenance").stand_in
@@ -907,8 +961,8 @@ class Store(Volumes):
     def sweep_soon(self, seconds: float) -> None:
         """There will be something to sweep then."""
         self.sweep_due = min(self.sweep_due, monotonic() + seconds)
-    async def sweep(self) -> None:
-        """Delete the garbage that is older than `grace`, for at most a fifth of the time."""
+    async def sweep(self, rest: float = 4) -> None:
+        """Delete the garbage that is older than `grace`; rest so many times as long as it takes."""
         grace, self.sweep_due = self.flags.grace, monotonic() + self.flags.settle
         for path in list(self.stale):
             await self.give_up(path)
@@ -922,7 +976,7 @@ class Store(Volumes):
             for start in range(0, max(1, len(due)), 64):  # an empty one gives others their turn
                 began = monotonic()
                 await self.erase(due[start : start + 64])
-                await asyncio.sleep(4 * (monotonic() - began))
+                await asyncio.sleep(rest * (monotonic() - began))
     async def tick(self) -> None:
         """Sweep when something is due, or drives have come back."""
         seen = set()
@@ -935,65 +989,11 @@ class Store(Volumes):
                 except HTTPError:  # the index cannot be reached
                     self.sweep_soon(self.flags.grace)
             seen = there
-# --- server ---------------------------------------------------------------------------------------
-# The process. What not every request needs is in contrib/, loaded when it is first asked for.
-async def load(flags: Any) -> Store:
-    """The store: all volumes are looked at, what another life has left is garbage. 400, 503."""
-    if flags.shared:
-        index = await import_module("contrib.postgres").start(flags)
-    else:
-        index = LMDB(Path(flags.db), flags.address)
-    store = Store(flags, index, Intents(Path(flags.intents), index.id))
-    volumes = [store.drive(name)[0] for name in flags.volumes]
-    while not all(volume.looks for volume in volumes):
-        await asyncio.sleep(TICK)
-    await import_module("contrib.maintenance").check_start(store, volumes)
-    for path in list(store.stale):
-        await store.give_up(path)
-    return store
-
-async def serve(flags: Any) -> None:
-    """Serve until a signal comes; then finish what is in hand. OSError, lmdb.Error, HTTPError."""
-    loop, stop = asyncio.get_running_loop(), asyncio.Event()
-    passed = os.environ.get("LISTEN_PID") == str(os.getpid())  # by systemd
-    new = partial(socket.create_server, (flags.bind.strip("[]"), flags.port), family=flags.family)
-    listener = socket.socket(fileno=3) if passed else new()
-    host, flags.port = listener.getsockname()[:2]
-    flags.address = f"[{host}]:{flags.port}" if ":" in host else f"{host}:{flags.port}"
-    for number in signal.SIGINT, signal.SIGTERM, signal.SIGHUP:
-        loop.add_signal_handler(number, lambda: stop.set() if flags.ready else os._exit(0))
-    await import_module("contrib.maintenance").free(flags)  # of a rebalance
-    store = await load(flags)
-    server = await loop.create_server(lambda: Connection(store), sock=listener, backlog=4096)
-    print(f"mkv is at http://{flags.address}, its index in {flags.db}{flags.hint}", flush=True)
-    ends = [asyncio.create_task(store.tick()), asyncio.create_task(stop.wait())]
-    ended, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-    server.close()
-    store.draining, store.gets_at_once, began = True, False, monotonic()
-    signal.alarm(2 * DRAIN_TIME)  # should it hang: kill -9 does no harm
-    while store.connections:
-        for each in list(store.connections):  # an idle one may ask once more
-            idle = each.idle and not each.writer.transport.get_write_buffer_size()
-            if monotonic() > began + (1 if idle else DRAIN_TIME):
-                each.writer.transport.abort()
-        await asyncio.sleep(TICK)
-    await asyncio.gather(*store.index.group.running)
-    ended.pop().result()  # raises what has ended it
-
+# --- command line ---------------------------------------------------------------------------------
 def main() -> None:
-    """Run the command."""
+    """Run a command: server, rebuild, rebalance. contrib/ has flags, process, and what is rare."""
     sys.modules.setdefault("mkv", sys.modules["__main__"])  # for contrib
-    flags = import_module("contrib.flags").parse_flags()
-    logging.basicConfig(format="%(asctime)s %(message)s", level="INFO")
-    bytes(1 << 24)  # glibc learns to keep, and not to fault in again, the memory of large pieces
-    try:
-        if flags.command != "server":
-            sys.exit(import_module("contrib.maintenance").main(flags))
-        with import_module("contrib.demo").volumes(flags) if flags.demo else nullcontext():
-            uvloop.run(serve(flags))
-    except (OSError, lmdb.Error, HTTPError) as error:
-        print(f"mkv.py: error: -db {flags.db} -port {flags.port}: {error}", file=sys.stderr)
-        sys.exit(2)
+    import_module("contrib.process").main()
 
 if __name__ == "__main__":
     main()

@@ -7,7 +7,7 @@ import lmdb
 from mkv import LMDB, HTTPError, parse_record, require
 
 
-def take_over(index: LMDB) -> None:
+async def take_over(index: LMDB) -> None:
     """Make its journal garbage: also what its dead were making, where no record names it."""
     try:
         journal = index.env.open_db(b"journal", create=False)
@@ -20,7 +20,7 @@ def take_over(index: LMDB) -> None:
                 _owner, _since, files = entry.split(b" ")
                 record = parse_record(files)
                 require(not record.error, 500, record.error)
-                row, _ = index.look(key).waste(record.replicas)
+                row, _ = (await index.row(key)).waste(record.replicas)
                 changes.append((index.garbage, key, row.garbage_text()))
             except (HTTPError, ValueError):
                 logging.error("%a: %a in the journal is passed over", key, entry)

@@ -16,7 +16,6 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
-from email.utils import formatdate
 from importlib import import_module
 from pathlib import Path
 from time import monotonic, time
@@ -26,17 +25,20 @@ import uvloop
 
 from contrib.conditions import Unchanged
 from mkv import (
+    BROKEN,
+    LMDB,
+    PIECE,
     TICK,
     TURN,
     Exchange,
     HTTPError,
+    Intents,
     Record,
     Replica,
     Row,
     Store,
     Volume,
     Volumes,
-    load,
     md5,
     new_id,
     path2key,
@@ -68,13 +70,19 @@ class Source:
     def __init__(self, exchange: Exchange) -> None:
         self.exchange = exchange
 
+    @property
+    def ended(self) -> bool:
+        """Whether all of it has been read."""
+        return self.exchange.status == 200 and self.exchange.body.ended
+
     async def read(self) -> bytes | bytearray:
         """The next piece; nothing at the end."""
+        exchange = self.exchange
         try:
-            require(self.exchange.status == 200, 503, f"it answers {self.exchange.status}")
-            return await self.exchange.read()
-        except HTTPError as error:
-            raise SourceError(503, f"{self.exchange.url}: {error}") from error
+            require(exchange.status == 200, 503, exchange.error or f"it answers {exchange.status}")
+            return await exchange.body.read()
+        except BROKEN as error:
+            raise SourceError(503, f"{exchange.url}: {error or 'silent'}") from error
 
 
 @asynccontextmanager
@@ -92,8 +100,7 @@ async def stand_in(
     store: Store, path: str, places: Sequence[str], made: Sequence[str], number: int, digest: bytes
 ) -> list[str]:
     """Copy a file from where it was made to other places, until `number` have it: to which."""
-    key, write_id = path2key(path)
-    date = f"Date: {formatdate(written(write_id), usegmt=True)}\r\n"
+    key, _ = path2key(path)
     copies: list[str] = []
     for place in places:
         if len(made) + len(copies) == number:
@@ -102,7 +109,7 @@ async def stand_in(
         store.intents.begin(path, [place])
         with suppress(SourceError):
             async with download(store, (random.choice([*made, *copies]), path)) as source:
-                (copy,), _, copied = await store.upload([(place, path)], source, None, date)
+                (copy,), _, copied = await store.upload(path, [place], source)
             if copy.status == 201 and copied == digest:
                 copies.append(place)
     return copies
@@ -123,7 +130,7 @@ async def rebalance(store: Store, key: bytes, deep: bool) -> bytes:
     ranking = store.ranking(key)
     fit = [place for place in ranking if place in good or store.takes(place)]
     if len(fit) < number:
-        raise HTTPError(503, f"{len(fit)} of {number} volumes work: {store.ailments()}")
+        raise HTTPError(503, f"{len(fit)} of {number} volumes work: {ailments(store)}")
     places = [file.location for file in old.replicas]
     if any(wrong.values()) or sorted(places) != sorted(fit[:number]):
         anew = not old.write_id or not {"size", "md5"}.isdisjoint(wrong.values())
@@ -160,7 +167,7 @@ async def move(
     number = store.flags.replicas - len(keep)
     async with store.intended(key, write_id) as path:
         async with download(store, source.at(key)) as body:
-            made, size, digest = await store.make(path, places, number, body, None)
+            made, size, digest = await store.make(path, places, number, body)
         if old.size not in (None, size) or old.hash not in ("", digest.hex()):
             raise SourceError(503, f"{source.location} has something else")
         replicas = sorted([*keep, *made], key=lambda file: fit.index(file.location))
@@ -196,6 +203,14 @@ async def md5_of(store: Store, place: tuple[str, str]) -> str:
         while piece := await source.read():
             digest.update(piece)
     return digest.hexdigest()
+
+
+def ailments(store: Store) -> str:
+    """What is amiss with the volumes, in words."""
+    ill = [f"{volume.name} {volume.state}" for volume in store.all.values() if volume.state]
+    resting = [place for place, until in store.refusing.items() if until > monotonic()]
+    ill += [f"{place} is left alone" for place in resting]
+    return "; ".join(ill) or "nothing is amiss"
 
 
 # --- commands -------------------------------------------------------------------------------------
@@ -465,6 +480,22 @@ async def free(flags: argparse.Namespace) -> None:
     wanted.unlink(missing_ok=True)
 
 
+async def load(flags: argparse.Namespace) -> Store:
+    """The store: all volumes are looked at, what another life has left is garbage. 400, 503."""
+    if flags.shared:
+        index = await import_module("contrib.postgres").start(flags)
+    else:
+        index = LMDB(Path(flags.db), flags.address)
+    store = Store(flags, index, Intents(Path(flags.intents), index.id))
+    volumes = [store.drive(name)[0] for name in flags.volumes]
+    while not all(volume.looks for volume in volumes):
+        await asyncio.sleep(TICK)
+    await check_start(store, volumes)
+    for path in list(store.stale):
+        await store.give_up(path)
+    return store
+
+
 def check_names(volumes: Sequence[Volume]) -> None:
     """Every volume has one name. HTTPError."""
     ids = Counter(volume.id for volume in volumes if volume.id)
@@ -492,7 +523,7 @@ async def check_start(store: Store, volumes: Sequence[Volume]) -> None:
     store.check = asyncio.create_task(check_late(volumes))
     store.flags.ready = True
     if store.index.immediate:
-        import_module("contrib.first_edition").take_over(store.index)
+        await import_module("contrib.first_edition").take_over(store.index)
     if store.flags.command == "server" and not sum(await store.index.count()):
         looks = 0
         async for found in all_files(store, Silence("start")):
@@ -540,7 +571,7 @@ async def bring_home(flags: argparse.Namespace, report: Report) -> None:
 async def sweep_later(store: Store) -> None:
     """Delete garbage when its readers have left."""
     await asyncio.sleep(store.flags.grace)
-    await store.sweep()
+    await store.sweep(rest=0)  # nobody else is at work
 
 
 async def hand_over(store: Store, report: Report) -> None:
@@ -598,8 +629,12 @@ async def ask_server(flags: argparse.Namespace, server: str, report: Report) -> 
         answers = []
         for exchange in await client.open(method, [(server, path) for path in paths]):
             await exchange.answer()
-            endless = exchange.status == 200  # a list ends with its connection
-            text = await (exchange.reader.read() if endless else exchange.text())
+            text = await exchange.text()
+            if exchange.status == 200:  # a list ends with its connection
+                with suppress(EOFError):
+                    while True:
+                        text += exchange.wire.take(PIECE)
+                        await exchange.wire.more(monotonic() + client.flags.voltimeout)
             answers.append((exchange, text.decode(errors="replace").strip()))
             exchange.close()
         return answers

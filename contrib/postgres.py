@@ -103,7 +103,6 @@ class Postgres:
 
     immediate = False  # look() would wait
     keys, garbage = "record", "garbage"  # columns: what walk() takes
-    folder = None  # where a copy is made
 
     def __init__(self, url: str, lock: TextIO) -> None:
         parts, self.lock = urlsplit(url), lock  # of our intents
@@ -163,10 +162,6 @@ class Postgres:
         """Of keys, and of keys that have garbage; about, where they are many. 503."""
         (counts,) = await self.ask(COUNT, MANY)
         return tuple(counts)
-
-    async def copy(self, descriptor: int) -> None:
-        """501."""
-        raise HTTPError(501, "the index is in PostgreSQL, which has ways of its own: pg_dump")
 
     async def persist(self, until: float, step: Callable, jobs: Sequence[tuple]) -> list[Any]:
         """A step's answers to jobs; as long as it fails, from the beginning again. 503, 504."""

@@ -11,7 +11,7 @@ from time import monotonic, time
 import aiofiles
 import lmdb
 
-from contrib.maintenance import REPORTS, lock_file, read_reports
+from contrib.maintenance import REPORTS, ailments, lock_file, read_reports
 from mkv import (
     PIECE,
     TEXT,
@@ -121,9 +121,11 @@ def garbage_of(page: Page) -> list[dict]:
 
 async def snapshot(store: Store) -> Pieces:
     """A copy of the index, which starts as it is: its file data.mdb. 501, 503."""
+    here = store.index.immediate
+    require(here, 501, "the index is in PostgreSQL, which has ways of its own: pg_dump")
     try:
         file = await aiofiles.tempfile.TemporaryFile(dir=store.index.folder)  # without a name
-        await store.index.copy(file.fileno())
+        await asyncio.to_thread(store.index.env.copyfd, file.fileno(), compact=True)
     except (OSError, lmdb.Error) as error:
         raise HTTPError(503, f"no copy can be made: {error}") from error
     size = await file.seek(0, os.SEEK_END)
@@ -152,7 +154,7 @@ async def ready(store: Store) -> str:
     drives = drives if flags.subvolumes > 1 else [""]
     able = [v for v in flags.volumes if any(store.takes(v + drive) for drive in drives)]
     enough = len(able) >= flags.replicas and not store.draining
-    require(enough, 503, f"{len(able)} volumes take values: {store.ailments()}")
+    require(enough, 503, f"{len(able)} volumes take values: {ailments(store)}")
     await store.index.do(Row.settle, b"/", ())
     return "ok\n"
 

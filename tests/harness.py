@@ -339,7 +339,10 @@ class Server:
         if self.constants:
             lines = ["import sys", f"sys.path.insert(0, {str(HERE)!r})", "import mkv"]
             for name, value in self.constants.items():
-                lines += [f"assert hasattr(mkv, {name!r})", f"mkv.{name} = {value!r}"]
+                module, _, constant = name.rpartition(".")
+                module = module or "mkv"
+                lines += [f"import {module}", f"assert hasattr({module}, {constant!r})"]
+                lines.append(f"{module}.{constant} = {value!r}")
             script = ["-c", "\n".join([*lines, "mkv.main()"])]
         limit = ["prlimit", f"--nofile={self.nofile}"] if self.nofile else []
         if self.listener:

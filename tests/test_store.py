@@ -691,7 +691,10 @@ def test_sigterm_ends_a_server_whatever_hangs(system: Cluster, trouble: str) -> 
         while True:  # until that is refused
             call(server.port, "GET", "/?health")
 
-    with another(system, constants={"DRAIN_TIME": 1}) as server, contextlib.ExitStack() as stack:
+    with (
+        another(system, constants={"contrib.process.DRAIN_TIME": 1}) as server,
+        contextlib.ExitStack() as stack,
+    ):
         uploads = [half_sent(system, path, NEW) for path in paths]
         if trouble == "clients":
             for thread in [in_background(connect) for _ in range(8)]:
