@@ -58,6 +58,7 @@ def new_id(seconds: int) -> str:
     require(0 <= seconds < 1 << 32, 503, "the clock, or a write id, is wrong")
     return f"{seconds:08x}{os.urandom(4).hex()}"
 
+@lru_cache(4096)
 def written(write_id: str) -> int:
     """Seconds since 1970, from a write id; 0 without one: what minikeyvalue wrote is older."""
     return int("0" + re.match("[0-9a-f]{0,8}", write_id)[0], 16)
@@ -204,9 +205,8 @@ def run_operations(rows: dict[bytes, Row], jobs: Sequence[tuple]) -> list[Any]:
 class Group:
     """Group commit: jobs that come while a batch of them is at work share the next one."""
     def __init__(self, work: Callable, limit: int = 1, pause: float = 0) -> None:
-        self.work, self.limit = work, limit  # jobs → answers, or HTTPErrors; batches at a time
-        self.pause, self.crowded = pause, False  # seconds for more to come, after a batch of many
-        self.jobs, self.running = [], set()
+        self.work, self.limit, self.pause = work, limit, pause  # jobs → answers; batches; seconds
+        self.jobs, self.running, self.crowded = [], set(), False  # crowded: a pause brings more
     def do(self, *job: Any) -> asyncio.Future:
         """A future of the job's answer; the job is done even if that is cancelled."""
         future = asyncio.get_running_loop().create_future()
@@ -355,7 +355,7 @@ class Intents:
 LINE = re.compile(rb"([A-Z]+) (?:http://[^/?# ]*)?(/[^?# ]*)(?:\?([^# ]*))? HTTP/1\.([01])\r\n")
 STATUS = re.compile(rb"HTTP/1\.[01] ([2-5][0-9][0-9])(?: [\t\x20-\x7e\x80-\xff]*)?\r\n")
 FIELD = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([\t\x20-\x7e\x80-\xff]*)")
-NOISE = re.compile(rb"(?m)^(?:Date|Location): [^\r\n]*\r\n")  # differ each time: not for a cache
+NOISE = re.compile(rb"(?m)^(?:Date|Location|Last-Modified|ETag): [^\r\n]*\r\n")  # in no cache
 CHUNK = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?\r\n")
 ODD = re.compile(rb"[\0-\x1f\x7f]|%(?![0-9A-Fa-f]{2})")
 METHODS = ("GET", "HEAD", "PUT", "DELETE", "UNLINK", "REBALANCE")

@@ -19,6 +19,7 @@ from contextlib import asynccontextmanager, suppress
 from importlib import import_module
 from pathlib import Path
 from time import monotonic, time
+from typing import Any
 from urllib.parse import quote
 
 import uvloop
@@ -350,7 +351,7 @@ async def rebuild(flags: argparse.Namespace, report: Report) -> None:
     """
     store = await load(flags)
     condemn, young = sum(await store.index.count()) > 0, 0
-    async for found in all_files(store, report):
+    async for found in ahead(all_files(store, report)):
         jobs = {}
         for key, files in found.items():
             recent = sum(written(file.write_id) > time() - flags.settle for file in files)
@@ -373,6 +374,21 @@ async def rebuild(flags: argparse.Namespace, report: Report) -> None:
         report.done += len(jobs)
     if young:
         report.finding("young", files=young, reason="a server may be writing them: run it again")
+
+
+async def ahead(items: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    """The same items; while one is looked at, the next is on its way."""
+
+    async def following() -> Any:
+        return await anext(items, None)
+
+    task = asyncio.create_task(following())
+    try:
+        while (item := await task) is not None:
+            task = asyncio.create_task(following())
+            yield item
+    finally:
+        task.cancel()
 
 
 def text_of(key: bytes) -> str:
@@ -549,14 +565,9 @@ async def bring_home(flags: argparse.Namespace, report: Report) -> None:
     for mark in (False, True):  # the live ones first
         async for rows in store.index.walk(store.index.keys, b""):
             keys = [key for key, text in rows if text.startswith(b"DELETED") == mark]
-            for start in range(0, len(keys), ASKED):
-                if wanted.exists():
-                    return await hand_over(store, report)
-                some = keys[start : start + ASKED]
-                await some_attempts(store, some, flags.deep, report, wanted)
-                if wanted.exists():
-                    return await hand_over(store, report)
-                report.done += len(some)
+            await attempts(store, keys, flags.deep, report, wanted)
+            if wanted.exists():
+                return await hand_over(store, report)
     if (await store.index.count())[1]:  # what was replaced goes when its readers have left
         sweeping = asyncio.create_task(sweep_later(store))
         while not sweeping.done():
@@ -587,11 +598,18 @@ async def hand_over(store: Store, report: Report) -> None:
     await ask_server(store.flags, holder(store.flags), report)
 
 
-async def some_attempts(
+async def attempts(
     store: Store, keys: Sequence[bytes], deep: bool, report: Report, wanted: Path
 ) -> None:
-    """Rebalance keys, all at once; what is under way is given up when a server wants the index."""
-    tasks = [asyncio.create_task(attempt(store, key, deep, report)) for key in keys]
+    """Rebalance keys, some at a time; all is given up when a server wants the index."""
+    left = iter(keys)
+
+    async def work() -> None:
+        for key in left:
+            await attempt(store, key, deep, report)
+            report.done += 1
+
+    tasks = [asyncio.create_task(work()) for _ in range(ASKED)]
     try:
         while (await asyncio.wait(tasks, timeout=TICK))[1] and not wanted.exists():
             pass
