@@ -205,8 +205,9 @@ def run_operations(rows: dict[bytes, Row], jobs: Sequence[tuple]) -> list[Any]:
 class Group:
     """Group commit: jobs that come while a batch of them is at work share the next one."""
     def __init__(self, work: Callable, limit: int = 1, pause: float = 0) -> None:
-        self.work, self.limit, self.pause = work, limit, pause  # jobs → answers; batches; seconds
-        self.jobs, self.running, self.crowded = [], set(), False  # crowded: a pause brings more
+        self.work, self.limit = work, limit  # jobs → answers, or HTTPErrors; batches at a time
+        self.pause, self.crowded = pause, False  # seconds for more to come, after a batch of many
+        self.jobs, self.running = [], set()
     def do(self, *job: Any) -> asyncio.Future:
         """A future of the job's answer; the job is done even if that is cancelled."""
         future = asyncio.get_running_loop().create_future()
@@ -531,10 +532,9 @@ class Body:
                 self.begun, self.left = True, int(line[1], 16)
             if not self.left:
                 lines = [await self.wire.until(b"\r\n", deadline)]  # of the trailer
-                while lines[-1] != b"\r\n":
+                while lines[-1] != b"\r\n" and len(lines) < MAX_FIELDS + 3:
                     lines.append(await self.wire.until(b"\r\n", deadline))
-                    require(len(lines) <= MAX_FIELDS, 431, "too long a trailer")
-                parse_fields(b"".join(lines))
+                parse_fields(b"".join(lines))  # 431, if there are too many
                 self.ended = True
                 return piece
             piece += await self._part(deadline)

@@ -13,8 +13,8 @@ import random
 import re
 import signal
 import sys
-from collections import Counter, defaultdict
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections import Counter, defaultdict, deque
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from importlib import import_module
 from pathlib import Path
@@ -642,45 +642,45 @@ async def ask_server(flags: argparse.Namespace, server: str, report: Report) -> 
     client = Volumes(argparse.Namespace(**flags_for))
     client.all[server] = Volume(server, client.flags)  # which nobody watches
 
-    async def ask(method: str, paths: Iterable[str]) -> list[tuple[Exchange, str]]:
-        """Requests to the server, all at once, and what it says."""
-        answers = []
-        for exchange in await client.open(method, [(server, path) for path in paths]):
-            await exchange.answer()
-            text = await exchange.text()
-            if exchange.status == 200:  # a list ends with its connection
-                with suppress(EOFError):
-                    while True:
-                        text += exchange.wire.take(PIECE)
-                        await exchange.wire.more(monotonic() + client.flags.voltimeout)
-            answers.append((exchange, text.decode(errors="replace").strip()))
-            exchange.close()
-        return answers
+    async def ask(method: str, path: str) -> tuple[Exchange, str]:
+        """A request to the server, and what it says."""
+        (exchange,) = await client.open(method, [(server, path)])
+        await exchange.answer()
+        text = await exchange.text()
+        if exchange.status == 200:  # a list ends with its connection
+            with suppress(EOFError):
+                while True:
+                    text += exchange.wire.take(PIECE)
+                    await exchange.wire.more(monotonic() + client.flags.voltimeout)
+        exchange.close()
+        return exchange, text.decode(errors="replace").strip()
+
+    async def bring(left: deque[str], tries: Counter) -> None:
+        """Have keys brought home, one after the other, until none is left."""
+        while left:
+            key = left.popleft()
+            path = quote(key) + ("?deep" if flags.deep else "")
+            exchange, text = await ask("REBALANCE", path)
+            tries[key] += 1
+            again = {409: TRIES, 503: 2, 0: 2}.get(exchange.status, 0)  # changed; died
+            if tries[key] < again:
+                left.append(key)
+                continue
+            require(exchange.status, 503, f"{server}: {exchange.error}")
+            if exchange.status == 204 and exchange.fields[b"key-balance"] != b"balanced":
+                report.finding("unbalanced", key=key)
+            elif exchange.status not in (204, 404):
+                report.finding("failed", key=key, reason=exchange.error or text)
+            report.done += 1
 
     for query in "list", "unlinked":
         start: str | None = ""
         while start is not None:
-            page = f"/?{query}&limit=1024&start={quote(start)}"
-            ((exchange, text),) = await ask("GET", [page])
+            exchange, text = await ask("GET", f"/?{query}&limit=1024&start={quote(start)}")
             require(exchange.status == 200, 503, f"{server}: {exchange.error or text}")
             try:
                 listed = json.loads(text)
             except ValueError as error:
                 raise HTTPError(503, f"{server}: its list was cut short") from error
-            start, left = listed["next"] or None, listed["keys"]
-            tries: Counter = Counter()
-            while left:
-                keys, left = left[:ASKED], left[ASKED:]
-                paths = [quote(key) + ("?deep" if flags.deep else "") for key in keys]
-                for key, (exchange, text) in zip(keys, await ask("REBALANCE", paths), strict=True):
-                    tries[key] += 1
-                    again = {409: TRIES, 503: 2, 0: 2}.get(exchange.status, 0)  # changed; died
-                    if tries[key] < again:
-                        left.append(key)
-                        continue
-                    require(exchange.status, 503, f"{server}: {exchange.error}")
-                    if exchange.status == 204 and exchange.fields[b"key-balance"] != b"balanced":
-                        report.finding("unbalanced", key=key)
-                    elif exchange.status not in (204, 404):
-                        report.finding("failed", key=key, reason=exchange.error or text)
-                report.done += len(keys)
+            start, left, tries = listed["next"] or None, deque(listed["keys"]), Counter()
+            await asyncio.gather(*[bring(left, tries) for _ in range(ASKED)])
