@@ -206,7 +206,7 @@ class Group:
     """Group commit: jobs that come while a batch of them is at work share the next one."""
     def __init__(self, work: Callable, limit: int = 1, pause: float = 0) -> None:
         self.work, self.limit = work, limit  # jobs → answers, or HTTPErrors; batches at a time
-        self.pause, self.crowded = pause, False  # seconds for more to come, after a batch of many
+        self.pause = pause  # seconds, after a batch of many: more come to share the next one
         self.jobs, self.running = [], set()
     def do(self, *job: Any) -> asyncio.Future:
         """A future of the job's answer; the job is done even if that is cancelled."""
@@ -217,10 +217,8 @@ class Group:
         return future
     async def _run(self) -> None:  # leaves in the step that finds no jobs: none is overlooked
         while self.jobs:
-            if self.crowded:
-                await asyncio.sleep(self.pause)
             jobs, futures = zip(*self.jobs, strict=True)
-            self.jobs, self.crowded = [], len(jobs) > 3
+            self.jobs = []
             try:
                 answers = await self.work(jobs)
             except Exception as error:  # is everybody's answer
@@ -229,6 +227,8 @@ class Group:
                 failed, waits = isinstance(answer, Exception), not future.done()
                 if waits:
                     future.set_exception(answer) if failed else future.set_result(answer)
+            if len(jobs) > 3:
+                await asyncio.sleep(self.pause)
         self.running.discard(asyncio.current_task())
 
 def take_lock(path: Path, address: str) -> Any:
@@ -458,8 +458,8 @@ class Wire(asyncio.Protocol):
         """Something has happened: who waits is woken."""
         if self.waiter and not self.waiter.done():
             self.waiter.set_result(None)
-    async def _wait(self, deadline: float) -> None:  # until something happens
-        if self.transport.is_closing():
+    async def _wait(self, deadline: float, over: bool) -> None:  # until something happens
+        if over:
             raise EOFError("it closed the connection")
         self.waiter, self.deadline = self.loop.create_future(), deadline
         if deadline < self.rings:
@@ -476,12 +476,10 @@ class Wire(asyncio.Protocol):
     async def drain(self, deadline: float, most: int = 0) -> None:
         """Until what was written is sent, but for so many bytes."""
         while self.transport.get_write_buffer_size() > most:
-            await self._wait(deadline)
+            await self._wait(deadline, self.transport.is_closing())
     async def more(self, deadline: float) -> None:
         """Until more has come."""
-        if self.ended:
-            raise EOFError("it closed the connection")
-        await self._wait(deadline)
+        await self._wait(deadline, self.ended)
     def take(self, most: int) -> bytearray:
         """What has come, so many bytes of it at most."""
         piece = self.there[:most]
@@ -531,10 +529,11 @@ class Body:
                 require(line, 400, "malformed chunk")
                 self.begun, self.left = True, int(line[1], 16)
             if not self.left:
-                lines = [await self.wire.until(b"\r\n", deadline)]  # of the trailer
-                while lines[-1] != b"\r\n" and len(lines) < MAX_FIELDS + 3:
-                    lines.append(await self.wire.until(b"\r\n", deadline))
-                parse_fields(b"".join(lines))  # 431, if there are too many
+                trailer = await self.wire.until(b"\r\n", deadline)
+                while trailer != b"\r\n" and trailer[-4:] != END:
+                    trailer += await self.wire.until(b"\r\n", deadline)
+                    require(len(trailer) <= MAX_HEAD, 431, "too long a trailer")
+                parse_fields(trailer)
                 self.ended = True
                 return piece
             piece += await self._part(deadline)
@@ -582,8 +581,7 @@ class Connection(Wire):
             require(len(crowd) < self.store.most_connections + 32, 503, "there is no room to wait")
             while not self.last:
                 await self._next()
-                if self.there:
-                    await asyncio.sleep(0)  # the others' turn
+                await asyncio.sleep(0)  # the others' turn
                 await self.drain(monotonic() + IDLE_TIME)
             self.transport.write_eof()  # a close at once would reset the answer away
             ends = monotonic() + LINGER_TIME
@@ -680,7 +678,9 @@ class Exchange:
         """Take a kept connection, if there is one that is good."""
         while self.volume.idle and not self.wire:
             wire = self.volume.idle.pop()
-            if not wire.there and not wire.transport.is_closing():
+            if wire.there or wire.transport.is_closing():
+                wire.transport.abort()
+            else:
                 self.wire = wire
         return bool(self.wire)
     async def connect(self) -> None:
@@ -933,8 +933,7 @@ class Store(Volumes):
         """Write to the first `number` places, or stand-ins: the files, size, MD5. HTTPError."""
         key, write_id = path2key(path)
         if len(places) < number:
-            ailments = import_module("contrib.maintenance").ailments(self)
-            raise HTTPError(503, f"{len(places)} of {number} volumes work: {ailments}")
+            raise import_module("contrib.maintenance").lack(self, places, number)
         self.intents.begin(path, places[:number])
         tries, size, digest = await self.upload(path, places[:number], body)
         made = [each.location for each in tries if each.status == 201]

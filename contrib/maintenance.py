@@ -131,7 +131,7 @@ async def rebalance(store: Store, key: bytes, deep: bool) -> bytes:
     ranking = store.ranking(key)
     fit = [place for place in ranking if place in good or store.takes(place)]
     if len(fit) < number:
-        raise HTTPError(503, f"{len(fit)} of {number} volumes work: {ailments(store)}")
+        raise lack(store, fit, number)
     places = [file.location for file in old.replicas]
     if any(wrong.values()) or sorted(places) != sorted(fit[:number]):
         anew = not old.write_id or not {"size", "md5"}.isdisjoint(wrong.values())
@@ -204,6 +204,11 @@ async def md5_of(store: Store, place: tuple[str, str]) -> str:
         while piece := await source.read():
             digest.update(piece)
     return digest.hexdigest()
+
+
+def lack(store: Store, places: Sequence[str], number: int) -> HTTPError:
+    """Says that these are fewer places than a value needs, and why."""
+    return HTTPError(503, f"{len(places)} of {number} volumes work: {ailments(store)}")
 
 
 def ailments(store: Store) -> str:

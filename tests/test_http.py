@@ -199,6 +199,7 @@ ON_THE_WIRE += [  # some of these have no end; of some the end is not read
     (431, f"{PUT}{CHUNKED}\r\n3;{'x' * 17_000}"),
     (431, f"{PUT}{CHUNKED}\r\n0\r\n" + "X: y\r\n" * 101 + "\r\n"),
     (431, f"{PUT}{CHUNKED}\r\n0\r\n" + "X: y\r\n" * 3000),
+    (431, f"{PUT}{CHUNKED}\r\n0\r\n" + f"X: {'y' * 9000}\r\n" * 2),
     (400, f"{PUT}{CHUNKED}\r\n3\r\nabcd!\r\n"),
     (404, f"{GET}Content-Length: {len(SMUGGLED)}\r\n\r\n"),
     (404, f"{GET}{CHUNKED}\r\n"),
@@ -699,6 +700,19 @@ def test_what_comes_too_slowly_is_408(hasty: Cluster, start: str, more: str) -> 
     assert hasty.server.call("DELETE", "/k").status == 204
 
 
+def test_a_head_that_follows_an_answer_has_no_more_time_than_the_first(tmp_path: Path) -> None:
+    flags = "-volumes", "127.0.0.1:1", "-replicas", "1", "-subvolumes", "1"
+    server = Server(tmp_path / "index", *free_ports(1), *flags, constants={"HEAD_TIME": 0.5})
+    try:
+        with Wire(server.port) as wire:
+            wire.send(request("GET", "/none"))
+            assert wire.answer().status == 404  # and IDLE_TIME begins
+            wire.send(b"GET")
+            assert trickle(wire, b"") == b"HTTP/1.1 408"
+    finally:
+        server.kill()
+
+
 def test_a_steady_upload_may_take_its_time_and_is_not_idle(hasty: Cluster) -> None:
     with Wire(hasty.server.port) as wire:
         wire.send(request("PUT", "/steady", b"", "Content-Length: 40000\r\n"))
@@ -883,6 +897,16 @@ def test_idle_connections_by_the_thousand_hold_up_nobody(large: Cluster) -> None
             assert server.get(f"/idle{number}") == bytes(100_000)
     until(lambda: server.metric("mkv_connections") < count // 10)
     until(lambda: descriptors(server) <= base + 20)
+
+
+def test_connections_that_are_over_take_no_memory(single: Cluster) -> None:
+    server, sizes = single.server, []
+    for _ in range(2):
+        for _ in range(2000):
+            assert server.call("GET", "/none").status == 404
+        until(lambda: server.metric("mkv_connections") == 1)
+        sizes.append(anonymous_memory(server.process.pid))
+    assert sizes[1] - sizes[0] < 4 * MB
 
 
 # --- names ----------------------------------------------------------------------------------------

@@ -294,6 +294,25 @@ async def test_no_job_of_a_group_is_left_behind_at_whatever_moment_it_comes() ->
             assert (await group.do(number + 1), await future) == (number + 1, number)
 
 
+@pytest.mark.asyncio
+async def test_a_group_has_as_many_batches_at_a_time_after_a_crowd_as_before() -> None:
+    async def work(jobs: list[tuple[bool]]) -> list[None]:
+        if jobs[0][0]:
+            await asyncio.Event().wait()  # for ever: it holds up its own batch
+        return [None] * len(jobs)
+
+    async def client() -> None:
+        for _ in range(100):
+            await group.do(False)
+
+    group = mkv.Group(work, 2)
+    async with asyncio.timeout(20):
+        await asyncio.gather(*[client() for _ in range(50)])
+        group.do(True)
+        await asyncio.sleep(0)  # its batch has begun
+        await group.do(False)
+
+
 def test_operations_that_come_together_share_a_commit_and_are_done_in_turn(system: Cluster) -> None:
     server, paths = system.server, [f"/group{number}" for number in range(20)]
     assert {server.put(path, b"value") for path in paths} == {201}

@@ -321,6 +321,7 @@ def test_replicas_that_are_ill_are_found_or_mended(cluster: Make, command: str) 
     if not command.startswith("rebalance"):
         assert state(system) == before
         return
+    assert not alone or f": {len(ILL)} keys" in done.said
     if alone:
         system.server.start()
     until(lambda: not system.garbage() and system.files() <= system.named())
@@ -758,7 +759,9 @@ def test_a_server_that_starts_gets_the_index_from_a_rebalance(cluster: Make) -> 
     system.server.start()
     for volume in system.volumes:
         volume.thaw()
-    assert ended(command, 0).findings == []
+    done = ended(command, 0)
+    assert done.findings == []
+    assert 500 <= int(re.findall(r": (\d+) keys", done.said)[-1]) < 1000, "in mid-work"
     assert system.server.metric('mkv_requests_total{method="REBALANCE",status="204"}') >= 500
     assert time.time() - system.server.metric('mkv_command_ended_seconds{command="rebalance"}') < 60
     assert system.server.metric('mkv_command_findings{command="rebalance"}') == 0

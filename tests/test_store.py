@@ -280,6 +280,19 @@ def toys(shared_toys: Toys) -> Iterator[Toys]:
     until(shared_toys.is_clean)
 
 
+def once() -> dict[str, Any]:
+    """A volume that says of each connection that it will close it, and is slow to do so."""
+    asked = set()
+
+    def before(method: str, _: str) -> None:
+        thread = threading.current_thread()  # one for each connection
+        if method == "PUT" and thread in asked:
+            raise ConnectionError("it has said so")
+        asked.add(thread)
+
+    return {"before": before, "fields": {"X-ETag": "y", "Connection": "x, close"}}
+
+
 FAILS, CLOSES = {"says": {"PUT": 500}}, {"fields": {"Location": "/", "Connection": "close"}}
 SAYS_MORE = {"more": b"HTTP/1.1 408 X\r\nContent-Length: 0\r\n\r\n"}
 SAYS_LAST = {"more": b"HTTP/1.1 408 X\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"}
@@ -294,7 +307,9 @@ FAULTS: dict[str, tuple] = {  # of which volumes of the ranking; which have the 
     "the source has rotted": ({0: {"given": lambda v: v[:-1] + b"?"}, 1: FAILS}, []),
     "the source gives more": ({0: {"given": lambda v: v + b"?"}, 1: FAILS}, []),
     "the source gives less": ({0: {"given": lambda v: v[1:]}, 1: FAILS}, []),
+    "the source says nothing": ({0: {"says": {"GET": 0}}, 1: FAILS}, []),
     "they close connections": ({0: CLOSES, 1: CLOSES}, [0, 1]),
+    "they close connections late": ({0: once(), 1: once()}, [0, 1]),
     "they say more than was asked": ({0: SAYS_MORE, 1: SAYS_MORE}, [0, 1]),
     "and that they close": ({0: SAYS_LAST, 1: SAYS_LAST}, [0, 1]),
 }
@@ -316,6 +331,19 @@ def test_two_volumes_get_the_bytes_that_were_put_once_or_none_has_them(
     for fake in toys.fakes:
         puts = [name for _, method, name in fake.log if method == "PUT"]
         assert len(puts) == len(set(puts))
+
+
+def test_connections_on_which_a_volume_says_more_are_closed(toys: Toys) -> None:
+    for fake in toys.fakes:
+        vars(fake).update(SAYS_MORE)
+    toys.server.stop()
+    toys.server.start()
+    counts = []
+    for path in [toys.path() for _ in range(30)]:
+        assert toys.server.put(path, OLD) == 201
+        counts.append(descriptors(toys.server))
+        assert toys.server.call("DELETE", path).status == 204
+    assert counts[-1] < counts[0] + 30
 
 
 def test_a_server_killed_while_it_makes_a_stand_in_leaves_the_key_free(toys: Toys) -> None:
@@ -390,9 +418,21 @@ HOSTILE = {  # what is said once, and what is repeated for ever; None: closed, e
 }
 
 
-def test_no_answer_of_a_volume_does_any_harm(tmp_path: Path) -> None:
+@pytest.fixture
+def hole() -> Iterator[str]:
+    """The name of a volume whose machine is off: nothing answers, not even to say so."""
+    with contextlib.ExitStack() as stack:
+        full = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
+        for _ in range(4):  # it has room for one
+            wire = stack.enter_context(socket.socket())
+            wire.setblocking(False)
+            wire.connect_ex(full.getsockname())
+        yield f"127.0.0.1:{full.getsockname()[1]}"
+
+
+def test_no_answer_of_a_volume_does_any_harm(tmp_path: Path, hole: str) -> None:
     liars = [Liar(*says, drives) for says in HOSTILE.values() for drives in (".", "")]
-    names = [*(liar.name for liar in liars), "a..b:1", f"{'c' * 64}.d:1"]
+    names = [*(liar.name for liar in liars), hole, "a..b:1", f"{'c' * 64}.d:1"]
     rows = [(b"/%d" % n, f"{name} 5 {WRITE_ID}".encode()) for n, name in enumerate(names)]
     plant(tmp_path / "index", rows)
     flags = ("-volumes", ",".join(names), "-replicas", "1", "-subvolumes", "1")
@@ -663,7 +703,9 @@ def test_sigterm_finishes_what_is_in_hand_and_refuses_what_is_new(system: Cluste
     server, paths = system.server, [f"/in-hand/{number}" for number in range(3)]
     missing, put = request("GET", "/missing"), request("PUT", "/in-hand", OLD)
     uploads = [half_sent(system, path, NEW) for path in paths]
-    with Wire(server.port) as silent, Wire(server.port) as idle, Wire(server.port) as writing:
+    with contextlib.ExitStack() as stack:
+        wires = [Wire(server.port) for _ in range(4)]
+        silent, late, idle, writing = map(stack.enter_context, wires)
         idle.send(missing)
         assert "connection" not in idle.answer().fields
         writing.send(put[:-2])
@@ -671,10 +713,12 @@ def test_sigterm_finishes_what_is_in_hand_and_refuses_what_is_new(system: Cluste
         server.process.send_signal(signal.SIGTERM)
         until(lambda: not system.server_accepts())
         silent.send(missing * 2)  # who has connected may ask once
+        late.send(missing)
         writing.send(put[-2:] + missing)
-        for wire, status in ((silent, 404), (writing, 201)):
+        for wire, status in ((silent, 404), (late, 404), (writing, 201)):
             answer = wire.answer()
             assert (answer.status, answer.fields["connection"]) == (status, "close")
+            wire.send(missing)
             assert wire.closed()
         assert idle.closed() and server.running()
     assert finish(uploads) == [201] * 3
@@ -959,12 +1003,12 @@ def narrow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         server.kill()
 
 
-def ask_in_silence(server: Server, wire: socket.socket) -> int:
+def ask_in_silence(server: Server, wire: socket.socket, length: int, most: int = 99) -> int:
     """Ask for missing keys, one after the other, until no answer finds room: how many."""
-    question = request("GET", "/" + quote("é" * 250))  # whose answer is as long
+    question = request("GET", "/" + quote("é" * length))  # whose answer is as long
     asked = server.metric(ASKED)
     with contextlib.suppress(AssertionError):
-        for count in range(1, 100):
+        for count in range(1, most + 1):
             wire.sendall(question)
             until(lambda count=count: server.metric(ASKED) == asked + count, 0.5)
     assert count < 99
@@ -977,26 +1021,33 @@ def read_all(wire: socket.socket) -> bytes:
     return b"".join(iter(lambda: wire.recv(1 << 20), b""))
 
 
+@pytest.mark.parametrize("length", [160, 250])  # what is short is answered where it comes
 @pytest.mark.parametrize("then", ["closes one side", "the server ends", "pauses"])
-def test_who_reads_late_gets_every_answer_whole(narrow: Server, then: str) -> None:
-    with quiet_reader(narrow.port, 2048) as asker, quiet_reader(narrow.port, 2048) as lister:
-        count = ask_in_silence(narrow, asker)
+def test_who_reads_late_gets_every_answer_whole(narrow: Server, then: str, length: int) -> None:
+    with contextlib.ExitStack() as stack:
+        readers = [quiet_reader(narrow.port, 2048) for _ in range(3)]
+        asker, idler, lister = map(stack.enter_context, readers)
+        count = ask_in_silence(narrow, asker, length)
+        ask_in_silence(narrow, idler, length, count - 2)  # the last one is not all sent, if short
         lister.sendall(LIST)
         listed = lister.recv(1000)
         if then == "closes one side":
-            asker.shutdown(socket.SHUT_WR)
-            lister.shutdown(socket.SHUT_WR)
+            for reader in readers:
+                reader.shutdown(socket.SHUT_WR)
         elif then == "the server ends":
             narrow.process.send_signal(signal.SIGTERM)
         else:
-            asker.sendall(request("GET", "/?health", b"", CLOSE))
+            for reader in (asker, idler):
+                reader.sendall(request("GET", "/?health", b"", CLOSE))
         holds(narrow.running, 1.2)  # an idle connection would have a second
-        answers, listed = read_all(asker), listed + read_all(lister)
+        listed += read_all(lister)
+        answers = [read_all(reader) for reader in (asker, idler)]
     if then == "the server ends":
         assert narrow.process.wait(20) == 0
         narrow.start()
-    assert statuses(answers) == [302] * count + [200] * (then == "pauses")
-    assert then == "pauses" or answers.endswith(b"\r\n\r\n")
+    for number, text in zip((count, count - 2), answers, strict=True):
+        assert statuses(text) == [302] * number + [200] * (then == "pauses")
+        assert then == "pauses" or text.endswith(b"\r\n\r\n")
     assert len(json.loads(listed.partition(b"\r\n\r\n")[2])["keys"]) == 3000
 
 
