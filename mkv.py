@@ -489,10 +489,10 @@ class Wire(asyncio.Protocol):
         return piece
     async def until(self, end: bytes, deadline: float) -> bytes:
         """All that comes up to the end of a line or head, with it. 431."""
-        while (found := self.there.find(end, 0, MAX_HEAD)) < 0:
+        while end not in self.there[:MAX_HEAD]:
             require(len(self.there) < MAX_HEAD, 431, "too long a line")
             await self.more(deadline)
-        return bytes(self.take(found + len(end)))
+        return bytes(self.take(self.there.find(end) + len(end)))
 
 class Body:
     """The body of a message, piece by piece. What it raises is BROKEN."""
