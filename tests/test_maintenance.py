@@ -746,10 +746,10 @@ def test_a_signal_ends_a_command_at_once_and_it_has_told_how_far_it_was(
 
 def test_a_server_that_starts_gets_the_index_from_a_rebalance(cluster: Make) -> None:
     system = cluster(subvolumes=1)
-    values = {f"/k{number}": blob(f"/k{number}", 100) for number in range(500)}
-    store_all(system, values)
+    number = 2000  # so that it takes longer than a server to start
+    store_all(system, {f"/k{each}": blob(f"/k{each}", 100) for each in range(number)})
     grow(system, 1, *PATIENT)
-    for volume in system.volumes:  # of two workers: so that it takes a while
+    for volume in system.volumes:  # of two workers: some keys take seconds
         for worker in volume.workers()[1:]:
             os.kill(worker, signal.SIGSTOP)
     assert system.server.stop() == 0
@@ -761,8 +761,8 @@ def test_a_server_that_starts_gets_the_index_from_a_rebalance(cluster: Make) -> 
         volume.thaw()
     done = ended(command, 0)
     assert done.findings == []
-    assert 500 <= int(re.findall(r": (\d+) keys", done.said)[-1]) < 1000, "in mid-work"
-    assert system.server.metric('mkv_requests_total{method="REBALANCE",status="204"}') >= 500
+    assert number <= int(re.findall(r": (\d+) keys", done.said)[-1]) < 2 * number, "in mid-work"
+    assert system.server.metric('mkv_requests_total{method="REBALANCE",status="204"}') >= number
     assert time.time() - system.server.metric('mkv_command_ended_seconds{command="rebalance"}') < 60
     assert system.server.metric('mkv_command_findings{command="rebalance"}') == 0
     assert_home(system)
