@@ -356,7 +356,7 @@ class Intents:
 LINE = re.compile(rb"([A-Z]+) (?:http://[^/?# ]*)?(/[^?# ]*)(?:\?([^# ]*))? HTTP/1\.([01])\r\n")
 STATUS = re.compile(rb"HTTP/1\.[01] ([2-5][0-9][0-9])(?: [\t\x20-\x7e\x80-\xff]*)?\r\n")
 FIELD = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([\t\x20-\x7e\x80-\xff]*)")
-NOISE = re.compile(rb"(?m)^(?:Date|Location|Last-Modified|ETag): [^\r\n]*\r\n")  # in no cache
+NOISE = re.compile(rb"(?m)^(?:Date|Location|Last-Modified|ETag): [^\r\n]*\r\n")  # not needed
 CHUNK = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?\r\n")
 ODD = re.compile(rb"[\0-\x1f\x7f]|%(?![0-9A-Fa-f]{2})")
 METHODS = ("GET", "HEAD", "PUT", "DELETE", "UNLINK", "REBALANCE")
@@ -408,7 +408,7 @@ def parse_request(head: bytes) -> Request:
     return Request(method.decode(), path, query, key, fields, length, close or not http11)
 parse_short = lru_cache(1024)(parse_request)  # of those that clients send again and again
 
-@lru_cache(64)  # volumes say the same again and again
+@lru_cache(64)  # without NOISE, volumes say the same again and again
 def parse_answer(head: bytes) -> tuple[int, dict[bytes, bytes], int | None, bool]:
     """The status of an answer, and its fields as above. 400, 431, 501, 503."""
     line = STATUS.match(head)
