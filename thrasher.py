@@ -51,6 +51,7 @@ PIECE = 1 << 18  # bytes of a large value that are handed to the socket at once
 MAX_HEAD = 1 << 16  # bytes of an answer's head
 MAX_PAGE = 1 << 26  # bytes of a page of a list, or of a folder's listing
 START_TIME = 20  # seconds that a process has until it listens
+ENDS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)  # these end a benchmark
 
 # --- client ---------------------------------------------------------------------------------------
 # Just enough of HTTP/1.1 to cost less than what is measured: raw protocols, one write a request,
@@ -456,8 +457,11 @@ def process(port: int, *command: object, **env: object) -> Iterator[int]:
     """The pid of a process that listens on a port; it and its children end with the block."""
     words, settings = list(map(str, command)), {name: str(value) for name, value in env.items()}
     quiet = {"stdout": subprocess.DEVNULL, "start_new_session": True}
-    with subprocess.Popen(words, env=os.environ | settings, **quiet) as started:
+    listen = functools.partial(signal.pthread_sigmask, signal.SIG_UNBLOCK, ENDS)
+    signal.pthread_sigmask(signal.SIG_BLOCK, ENDS)  # until what has begun is sure to be ended
+    with subprocess.Popen(words, env=os.environ | settings, preexec_fn=listen, **quiet) as started:
         try:
+            listen()
             deadline = time.monotonic() + START_TIME
             while socket.socket().connect_ex(("127.0.0.1", port)):
                 if started.poll() is not None or time.monotonic() > deadline:
@@ -900,7 +904,7 @@ def bench(flags: argparse.Namespace) -> None:
     """What `python thrasher.py bench` does."""
 
     def end(*_: object) -> None:
-        for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+        for number in ENDS:
             signal.signal(number, signal.SIG_IGN)  # while all that was started is ended
         sys.exit("thrasher: terminated")
 

@@ -115,11 +115,14 @@ def mentioning(text: str) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("number", [0, signal.SIGINT, signal.SIGTERM])
-def test_nothing_survives_a_benchmark(tmp_path: Path, number: int) -> None:
+KILLED = [(each, begun) for each in (signal.SIGINT, signal.SIGTERM) for begun in range(1, 5)]
+
+
+@pytest.mark.parametrize(("number", "begun"), [(0, 4), *KILLED])
+def test_nothing_survives_a_benchmark(tmp_path: Path, number: int, begun: int) -> None:
     env, flags = os.environ | {"TMPDIR": str(tmp_path)}, ("-quick", "-rows", "cycle")
     with begin("bench", *flags, env=env, start_new_session=True) as process:
-        until(lambda: len(mentioning(str(tmp_path))) >= 4)  # three volumes, a server
+        until(lambda: len(mentioning(str(tmp_path))) >= begun)  # of three volumes, a server
         for _ in range(2 if number else 0):
             process.send_signal(number)
         out, said = process.communicate(timeout=120)
