@@ -908,7 +908,7 @@ def bench(flags: argparse.Namespace) -> None:
             signal.signal(number, signal.SIG_IGN)  # while all that was started is ended
         sys.exit("thrasher: terminated")
 
-    for number in (signal.SIGHUP, signal.SIGTERM):
+    for number in ENDS:
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
             signal.signal(number, end)
     scale = QUICK if flags.quick else Scale()
