@@ -931,7 +931,7 @@ class Store(Volumes):
         return named
     async def make(self, path: str, places: list, number: int, body: Any) -> tuple:
         """Write to the first `number` places, or stand-ins: the files, size, MD5. HTTPError."""
-        key, write_id = path2key(path)
+        _, write_id = path2key(path)
         if len(places) < number:
             raise import_module("contrib.maintenance").lack(self, places, number)
         self.intents.begin(path, places[:number])

@@ -83,7 +83,7 @@ class Source:
             require(exchange.status == 200, 503, exchange.error or f"it answers {exchange.status}")
             return await exchange.body.read()
         except BROKEN as error:
-            raise SourceError(503, f"{exchange.url}: {error or 'silent'}") from error
+            raise SourceError(503, f"{exchange.url}: {str(error) or 'silent'}") from error
 
 
 @asynccontextmanager
